@@ -113,12 +113,13 @@ class OPDConfig(Settings):
         _cli: list | None = None,              # words of a command line, without program and subcommand
         _config: str | Path | None = None,     # YAML file, see `read_file`
         _env_file: str | Path | None = '.env', # file with keys, if there is one; None reads none
+        _prog: str = 'opd',                    # name of the program in its help
         **settings,                            # any setting, by name
     ):
         fields = type(self).model_fields
         dotenv = dotenv_values(_env_file) if _env_file and Path(_env_file).is_file() else {}
         values = read_file(_config) | read_keys(dotenv, fields, True, str(_env_file)) | read_keys(os.environ, fields, False, 'environment') | settings
-        try: super().__init__(_cli_parse_args=_cli, **values)
+        try: super().__init__(_cli_parse_args=_cli, _cli_prog_name=_prog, **values)
         except ValidationError as e: raise explain(e.errors()[0], fields) from None
         except SettingsError as e:
             flag = str(e).rpartition(': ')[2].split()[0]

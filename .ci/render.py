@@ -1,0 +1,66 @@
+"Notebooks as readers see them: every one as HTML, and index.ipynb as README.md. Needs no Quarto."
+import argparse, difflib, re, sys
+from pathlib import Path
+
+import nbformat
+from nbconvert import HTMLExporter, MarkdownExporter
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def as_read(nb, drop_code=False):
+    "A notebook without the cells and directives that are for nbdev only."
+    cells = []
+    for c in nb.cells:
+        if c.cell_type == 'raw' or re.search(r'^\s*#\s*\|\s*(hide|default_exp)\b', c.source, re.M): continue
+        c.source = re.sub(r'^\s*#\s*\|.*\n?', '', c.source, flags=re.M)
+        if drop_code and c.cell_type == 'code': c.source = ''
+        cells.append(c)
+    nb.cells = cells
+    return nb
+
+
+def html(target: Path) -> int:
+    target.mkdir(parents=True, exist_ok=True)
+    notebooks = [p for p in sorted((ROOT / 'nbs').rglob('*.ipynb')) if '.ipynb_checkpoints' not in p.parts]
+    for path in notebooks:
+        nb = nbformat.read(path, 4)
+        bad = [o for c in nb.cells if c.cell_type == 'code' for o in c.outputs if o.output_type == 'error']
+        if bad: print(f'{path.relative_to(ROOT)}: error cell: {bad[0].ename}: {bad[0].evalue}'); return 1
+        page, _ = HTMLExporter(embed_images=True).from_notebook_node(as_read(nb), resources={'metadata': {'path': str(path.parent), 'name': path.stem}})
+        out = target / path.relative_to(ROOT / 'nbs').with_suffix('.html')
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(page, encoding='utf-8')
+    print(f'{len(notebooks)} notebooks rendered to {target}')
+    return 0
+
+
+def readme() -> str:
+    nb = as_read(nbformat.read(ROOT / 'nbs' / 'index.ipynb', 4), drop_code=True)
+    text, _ = MarkdownExporter().from_notebook_node(nb)
+    text = re.sub(r'```python\s*```\n*', '', text)
+    text = re.sub(r'\]\((images/)', r'](nbs/\1', text)
+    text = re.sub(r'\]\(((?:runs/)?\w+)\.html', r'](nbs/\1.ipynb', text)
+    head = '<!-- Made from nbs/index.ipynb by `make readme`; edit that notebook. -->\n\n'
+    return head + re.sub(r'\n{3,}', '\n\n', text).strip() + '\n'
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('what', choices=['html', 'readme'])
+    parser.add_argument('target', type=Path)
+    parser.add_argument('--check', action='store_true', help='compare instead of writing')
+    a = parser.parse_args()
+    if a.what == 'html': return html(a.target)
+    new = readme()
+    if not a.check: a.target.write_text(new, encoding='utf-8'); return 0
+    from opd_nb.config import env_example
+    for path, want in ((a.target, new), (ROOT / '.env.example', env_example())):
+        have = path.read_text(encoding='utf-8')
+        if have != want:
+            sys.stdout.writelines(difflib.unified_diff(have.splitlines(1), want.splitlines(1), str(path), 'generated'))
+            print(f'{path.name} is stale: run make readme.'); return 1
+    return 0
+
+
+if __name__ == '__main__': sys.exit(main())

@@ -1,0 +1,79 @@
+"The run notebooks, run as people run them: by papermill, in a process of their own."
+import json, shutil, subprocess, sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+RUNS = sorted((ROOT / 'nbs' / 'runs').glob('*.ipynb'))
+SHORT = ['-p', 'max_steps', '20', '-p', 'n_eval', '60', '-p', 'n_train', '300', '-p', 'control', 'False', '-p', 'seed', '3']
+
+
+def papermill(folder, *words, notebook='quickstart', wrap=()):
+    nb = ROOT / 'nbs' / 'runs' / f'{notebook}.ipynb'
+    return subprocess.run([*wrap, sys.executable, '-m', 'papermill', str(nb), str(folder / 'out.ipynb'), '-p', 'output_dir', str(folder), *words], cwd=folder, capture_output=True, text=True, timeout=900)
+
+
+def cut_off():
+    "Words that run a command with no network but loopback, or nothing where that cannot be done."
+    words = ['unshare', '-rn', 'sh', '-c', 'ip link set lo up && exec "$@"', 'sh']
+    can = shutil.which('unshare') and shutil.which('ip') and subprocess.run([*words, 'true'], capture_output=True).returncode == 0
+    return words if can else []
+
+
+@pytest.fixture(scope='module')
+def first(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('first')
+    done = papermill(folder, *SHORT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return folder
+
+
+@pytest.mark.parametrize('nb', RUNS, ids=lambda p: p.stem)
+def test_parameters_cell(nb):
+    import papermill
+    found = papermill.inspect_notebook(str(nb))
+    assert found and all(p['help'] and p['default'] for p in found.values()), f'{nb.name}: each parameter needs a default and a comment'
+    assert 'output_dir' in found and 'seed' in found
+
+
+def test_quickstart_leaves_what_it_promises(first):
+    m = json.loads((first / 'metrics.json').read_text())
+    assert {'student_before', 'student_after', 'teacher', 'n_eval', 'steps', 'seconds_train'} <= set(m)
+    assert (m['n_eval'], m['steps']) == (60, 20) and m['teacher'] > m['student_before']
+    assert 'data:image/png' in (first / 'report.html').read_text() and (first / 'run' / 'final' / 'model.safetensors').exists()
+    from transformers import AutoModelForCausalLM
+    assert AutoModelForCausalLM.from_pretrained(first / 'run' / 'final').num_parameters() > 1e5
+
+
+def test_same_seed_same_figures_without_network(first, tmp_path):
+    "The second run has no network; the first may have had one."
+    wrap = cut_off()
+    done = papermill(tmp_path, *SHORT, wrap=wrap)
+    assert done.returncode == 0, done.stderr[-2000:]
+    a, b = (json.loads((f / 'metrics.json').read_text()) for f in (first, tmp_path))
+    for m in (a, b):
+        m.pop('seconds_train')
+        for k in [k for k in m['health'] if k.startswith('seconds')]: m['health'].pop(k)
+    assert a == b
+    if not wrap: pytest.skip('same figures, but this machine cannot take the network away (unshare, ip)')
+
+
+@pytest.mark.parametrize('words, says', [(['-p', 'max_stepz', '5'], "'max_steps'"), (['-p', 'loss', 'gkd'], 'different ones'), (['-p', 'loss', 'golden'], "'gold'"),
+                                         (['-p', 'max_steps', '0'], 'max_steps'), (['-p', 'teacher', 'tinny:'], 'tiny:'), (['-p', 'student', './nowhere'], 'nothing is there')])
+def test_quickstart_refuses(words, says, tmp_path):
+    done = papermill(tmp_path, *SHORT, *words)
+    assert done.returncode != 0 and says in done.stderr and 'BadInput' in done.stderr
+
+
+@pytest.mark.parametrize('loss', ['uld', 'strict'])
+def test_quickstart_with_another_loss(loss, tmp_path):
+    done = papermill(tmp_path, *SHORT, '-p', 'loss', loss, '-p', 'max_steps', '3')
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads((tmp_path / 'metrics.json').read_text())['loss'] == loss
+
+
+def test_tiny_models_in_small(tmp_path):
+    done = papermill(tmp_path, '-p', 'fraction', '0.002', '-p', 'n_eval', '10', notebook='tiny_models')
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads((tmp_path / 'metrics.json').read_text())['n_eval'] == 10
