@@ -28,6 +28,7 @@ def html(target: Path) -> int:
         bad = [o for c in nb.cells if c.cell_type == 'code' for o in c.outputs if o.output_type == 'error']
         if bad: print(f'{path.relative_to(ROOT)}: error cell: {bad[0].ename}: {bad[0].evalue}'); return 1
         page, _ = HTMLExporter(embed_images=True).from_notebook_node(as_read(nb), resources={'metadata': {'path': str(path.parent), 'name': path.stem}})
+        page = page.replace('</head>', '<style>pre{white-space:pre-wrap!important;word-break:break-word}</style></head>', 1)  # long lines wrap
         out = target / path.relative_to(ROOT / 'nbs').with_suffix('.html')
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(page, encoding='utf-8')

@@ -94,5 +94,6 @@ def plot_alignment(
             ax.text((x[i] + x[i+1]) / 2, y, b.decode(errors='replace').replace(' ', '␣').replace('\\n', '⏎') or '■', ha='center', va='center', fontsize=11, family='DejaVu Sans Mono')
     for s, n in zip(alignment.student_start, alignment.student_len): ax.plot([edges[1][s + n]] * 2, [-.45, 1.45], c='#2b6cb0', lw=1, zorder=0)
     ax.set(xlim=(-.1, total + .1), ylim=(-.6, 1.6), yticks=[0, 1], yticklabels=['teacher', 'student'], xlabel='bytes of the completion (■ stop; orange: not one token to one)', title=title)
+    ax.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
     ax.spines[['top', 'right', 'left']].set_visible(False); ax.tick_params(left=False)
     return ax

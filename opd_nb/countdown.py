@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['LONGEST', 'CHATML', 'TURNS', 'INST', 'TOKENIZERS', 'RECIPES', 'steps_from', 'solutions', 'held_out', 'all_puzzles',
            'question', 'draw', 'Verdict', 'verify', 'apply', 'check_steps', 'check_expression', 'training_text',
-           'byte_level_tokenizer', 'sentencepiece_tokenizer', 'new_model', 'Lessons', 'optimizers', 'pretrain',
-           'Recipe', 'make_tiny']
+           'byte_level_tokenizer', 'sentencepiece_tokenizer', 'new_model', 'Lessons', 'pretrain', 'Recipe', 'make_tiny']
 
 # %% ../nbs/11_countdown.ipynb #c003
 import hashlib
@@ -23,8 +22,8 @@ from .types import BadInput, Conversation
 
 # %% ../nbs/11_countdown.ipynb #c006
 def steps_from(
-    a: int,
-    b: int,
+    a: int,      # two numbers,
+    b: int,      # in any order
 ):               # yields (text, result)
     "All steps from two numbers whose result is a positive integer."
     a, b = max(a, b), min(a, b)
@@ -69,7 +68,7 @@ def all_puzzles(
 # %% ../nbs/11_countdown.ipynb #c013
 def question(
     numbers,       # in the order in which they are shown
-    target: int,
+    target: int,   # to be reached
 ) -> str:
     "A puzzle as the user's message."
     return f"Make {target} from {' '.join(map(str, numbers))}."
@@ -107,7 +106,7 @@ LONGEST = 200  # characters of an answer; four numbers need fewer than 60
 # %% ../nbs/11_countdown.ipynb #c018
 def verify(
     numbers,       # given, each to be used exactly once
-    target: int,
+    target: int,   # to be reached
     answer: str,   # what a model wrote
 ) -> Verdict:
     "Check an answer in steps (`7*3=21 21+10=31`) or as one expression (`7*3+10`)."
@@ -119,14 +118,15 @@ def verify(
 
 # %% ../nbs/11_countdown.ipynb #c019
 def apply(
-    a: Fraction,
+    a: Fraction,  # left operand
     op: str,      # '+', '-', '*' or '/'
-    b: Fraction,
+    b: Fraction,  # right operand
 ):                # `Fraction`, or None for a division by zero
     "One operation, exactly."
     if op == '/': return a / b if b else None
     return a + b if op == '+' else a - b if op == '-' else a * b
 
+# %% ../nbs/11_countdown.ipynb #c021
 def check_steps(
     left: list,   # numbers that may still be used
     target: int,
@@ -145,11 +145,11 @@ def check_steps(
     if len(left) != 1: return Verdict(False, f'numbers left over: {left}')
     return Verdict(True) if left[0] == target else Verdict(False, f'reaches {left[0]}, not {target}')
 
-# %% ../nbs/11_countdown.ipynb #c021
+# %% ../nbs/11_countdown.ipynb #c023
 def check_expression(
-    numbers,
-    target: int,
-    text: str,
+    numbers,      # given, each to be used exactly once
+    target: int,  # to be reached
+    text: str,    # digits, operators, parentheses
 ) -> Verdict:
     "Evaluate an expression over exact fractions and compare the numbers it uses."
     values, ops, used, rank, expect_value = [], [], [], {'+': 1, '-': 1, '*': 2, '/': 2}, True
@@ -175,7 +175,7 @@ def check_expression(
     if Counter(used) != Counter(numbers): return Verdict(False, f'uses {sorted(used)}, not {sorted(numbers)}')
     return Verdict(True) if values[0] == target else Verdict(False, f'reaches {values[0]}, not {target}')
 
-# %% ../nbs/11_countdown.ipynb #c029
+# %% ../nbs/11_countdown.ipynb #c031
 def training_text(
     n: int = 20_000,  # puzzles
     seed: int = 0,
@@ -184,7 +184,7 @@ def training_text(
     for c in itertools.islice(itertools.cycle(draw(9_000, seed, answers=True)), n):
         yield from ('user\n', 'assistant\n', c.prompt[0]['content'], c.reference)
 
-# %% ../nbs/11_countdown.ipynb #c030
+# %% ../nbs/11_countdown.ipynb #c032
 def byte_level_tokenizer(
     vocab_size: int,        # tokens, special ones included
     digits: bool = False,   # every digit by itself
@@ -202,7 +202,7 @@ def byte_level_tokenizer(
     t.train_from_iterator(training_text(), trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), special_tokens=special, show_progress=False))
     return PreTrainedTokenizerFast(tokenizer_object=t, eos_token=end, pad_token='<|pad|>', chat_template=template)
 
-# %% ../nbs/11_countdown.ipynb #c031
+# %% ../nbs/11_countdown.ipynb #c033
 def sentencepiece_tokenizer(
     vocab_size: int,     # pieces, the 256 bytes included
     template: str = '',  # chat template
@@ -221,7 +221,7 @@ def sentencepiece_tokenizer(
     spec['added_tokens'] = [a for a in spec['added_tokens'] if a['content'] in special]  # the bytes are ordinary pieces
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(spec)), bos_token='<s>', eos_token='</s>', unk_token='<unk>', pad_token='<unk>', chat_template=template)
 
-# %% ../nbs/11_countdown.ipynb #c032
+# %% ../nbs/11_countdown.ipynb #c034
 CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 TURNS = ("{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'] }}<|end|>{% else %}<|im_start|>{{ m['content'] }}\n{% endif %}{% endfor %}")
@@ -231,23 +231,24 @@ TOKENIZERS = {'teacher': lambda: byte_level_tokenizer(512, template=CHATML),
               'student': lambda: sentencepiece_tokenizer(440, INST),
               'student-bpe': lambda: byte_level_tokenizer(300, digits=True, template=TURNS, end='<|end|>')}
 
-# %% ../nbs/11_countdown.ipynb #c035
+# %% ../nbs/11_countdown.ipynb #c037
 def new_model(
     tok,                # its tokenizer
     dim: int,           # width
-    layers: int,
-    heads: int,
-    seed: int = 0,
+    layers: int,        # blocks
+    heads: int,         # of attention
+    seed: int = 0,      # of the weights
 ):
     "An untrained Llama with tied embeddings."
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM, logging
+    logging.disable_progress_bar()
     torch.manual_seed(seed)
     config = LlamaConfig(vocab_size=len(tok), hidden_size=dim, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads, intermediate_size=dim * 3, max_position_embeddings=512,
                          tie_word_embeddings=True, rms_norm_eps=1e-5, eos_token_id=tok.eos_token_id, bos_token_id=tok.bos_token_id, pad_token_id=tok.pad_token_id)
     return LlamaForCausalLM(config)
 
-# %% ../nbs/11_countdown.ipynb #c036
+# %% ../nbs/11_countdown.ipynb #c038
 class Lessons:
     "Batches of puzzles with answers, in one model's tokens; every answer is tokenised once."
     def __init__(self,
@@ -270,24 +271,13 @@ class Lessons:
         ask = lambda k: self.codec.prompt([{'role': 'user', 'content': question(self.rng.sample(k[0], len(k[0])), k[1])}])
         return [ask(k) for k, _ in picked], [a for _, a in picked]
 
-# %% ../nbs/11_countdown.ipynb #c038
-def optimizers(
-    model,
-    lr: float,      # of AdamW; Muon's is ten times that
-) -> list:
-    "Muon for the matrices, AdamW for embeddings and norms."
-    import torch
-    inner = [p for n, p in model.named_parameters() if p.ndim == 2 and 'embed' not in n]
-    rest = [p for n, p in model.named_parameters() if p.ndim != 2 or 'embed' in n]
-    return [torch.optim.Muon(inner, lr=10 * lr, weight_decay=.1), torch.optim.AdamW(rest, lr=lr, betas=(.9, .98), weight_decay=.1)]
-
 # %% ../nbs/11_countdown.ipynb #c039
 def pretrain(
     model,              # of `new_model`
     lessons: list,      # `Lessons`; each batch comes from one of them, in turn
     steps: int,
     batch: int = 256,   # puzzles in a step
-    lr: float = 2e-3,   # see `optimizers`
+    lr: float = 2e-3,   # see `training.make_optimizers`, with Muon
     watch=None,         # called with the step, every `every` steps
     every: int = 100,
 ) -> list:              # (step, loss in nats per token)
@@ -296,7 +286,8 @@ def pretrain(
     from tqdm import tqdm
     from transformers import get_cosine_schedule_with_warmup
     from opd_nb.models import read
-    opts = optimizers(model, lr)
+    from opd_nb.training import make_optimizers
+    opts = make_optimizers(model, 'muon', lr, weight_decay=.1)
     plans, curve = [get_cosine_schedule_with_warmup(o, min(200, steps // 10), steps) for o in opts], []
     for step in tqdm(range(1, steps + 1), mininterval=5):
         side = read(model.train(), *lessons[step % len(lessons)].batch(batch))
@@ -304,7 +295,7 @@ def pretrain(
         model.zero_grad(); loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
         for o in (*opts, *plans): o.step()
-        if step % 50 == 0: curve.append((step, loss.item()))
+        if step % max(1, steps // 240) == 0: curve.append((step, loss.item()))
         if watch and step % every == 0: watch(step)
     return curve
 
@@ -318,11 +309,11 @@ class Recipe:
     steps: int             # of `pretrain`
     batch: int             # puzzles in a step
     lessons: tuple         # keywords of each `Lessons`
-    lr: float = 2e-3       # see `optimizers`
+    lr: float = 2e-3       # of `pretrain`
 
 RECIPES = {'teacher': Recipe(128, 5, 4, 12_000, 128, (dict(high=40), dict(high=40), {})),
-           'student': Recipe(96, 3, 3, 400, 128, (dict(sets=200),)),
-           'student-bpe': Recipe(96, 3, 3, 400, 128, (dict(sets=200),))}
+           'student': Recipe(96, 3, 3, 160, 128, (dict(sets=200),)),
+           'student-bpe': Recipe(96, 3, 3, 160, 128, (dict(sets=200),))}
 
 # %% ../nbs/11_countdown.ipynb #c042
 def make_tiny(

@@ -18,7 +18,7 @@ from .models import LM, write
 
 # %% ../nbs/10_evaluation.ipynb #c006
 def answer(
-    lm: LM,
+    lm: LM,                    # who answers
     conversations: list,       # of `Conversation`
     max_new_tokens: int = 48,  # longest answer
     batch: int = 128,          # answers written at a time
@@ -52,7 +52,7 @@ class Accuracy:
 
 # %% ../nbs/10_evaluation.ipynb #c010
 def accuracy(
-    lm: LM,
+    lm: LM,                    # who answers
     conversations: list,   # of `Conversation`
     check,                 # (conversation, answer text) -> truthy if right
     answers: list | None = None, # of this model, if they are there already
@@ -64,7 +64,7 @@ def accuracy(
 
 # %% ../nbs/10_evaluation.ipynb #c013
 def gain(
-    before: Accuracy,
+    before: Accuracy,        # of one model
     after: Accuracy,         # on the same prompts
     draws: int = 10_000,     # bootstrap samples
     seed: int = 0,
@@ -112,6 +112,7 @@ def plot_scores(
             ax.text(x + w / 2, y, b.decode(errors='replace').replace(' ', '␣') or '■', ha='center', va='center', family='DejaVu Sans Mono', color='w' if norm(lp) < .35 else 'k')
             x += w
     ax.set(xlim=(-.1, longest + .1), ylim=(len(rows) - .4, -.6), yticks=range(len(rows)), yticklabels=[r[0] for r in rows], xlabel='bytes of the answer (■ stop)', title=title)
+    ax.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
     ax.spines[['top', 'right', 'left']].set_visible(False); ax.tick_params(left=False)
     fig.colorbar(plt.cm.ScalarMappable(norm, cmap), ax=ax, label='log p (nats)', fraction=.03)
     return fig

@@ -35,10 +35,10 @@ def compare(
 # %% ../nbs/08_health.ipynb #c009
 @torch.no_grad()
 def health(
-    student: Side,
-    teacher: Side,
-    alignment: Alignment,
-    vocab: VocabMap,
+    student: Side,         # the student's positions
+    teacher: Side,         # the teacher's, of the same texts
+    alignment: Alignment,  # where they can be compared
+    vocab: VocabMap,       # what both can express
     k: int = 16,         # see `compare`
 ) -> dict:               # figure -> mean over the positions aligned 1:1
     "Health figures of one batch."

@@ -94,6 +94,7 @@ def spans(
     "Slices that cover n rows, so that logits exist for a few of them at a time."
     return [slice(i, min(n, i + size)) for i in range(0, n, size)]
 
+# %% ../nbs/05_teachers.ipynb #c014
 def realised(
     side,             # a `Side`
     rows: slice,
@@ -101,20 +102,21 @@ def realised(
     "Log-probability of the tokens that stood at these rows."
     return side.logits(rows).log_softmax(-1).gather(1, side.ids[rows, None])[:, 0]
 
-# %% ../nbs/05_teachers.ipynb #c013
+# %% ../nbs/05_teachers.ipynb #c015
 @register_teacher('hf')
 def hf_teacher(
     path: str,           # folder or Hub id
-    config: OPDConfig,
+    config: OPDConfig,   # dtype, device, token
 ) -> HFTeacher:
     "A Hugging Face model as teacher."
     token = config.hf_token.get_secret_value() if config.hf_token else None
     return HFTeacher(LM.load(f'hf:{path}', 'teacher', config.teacher_dtype, config.device, token), config.micro_batch)
 
+# %% ../nbs/05_teachers.ipynb #c016
 @register_teacher('tiny')
 def tiny_teacher(
     name: str,           # an embedded model; the embedded teacher if empty
-    config: OPDConfig,
+    config: OPDConfig,   # dtype, device, token
 ) -> HFTeacher:
     "An embedded model as teacher."
     return HFTeacher(LM.load(f'tiny:{name}', 'teacher', config.teacher_dtype, config.device), config.micro_batch)

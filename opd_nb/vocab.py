@@ -37,10 +37,13 @@ class Events:
         "Log-probability of each event: the log of the sum over its ids."
         out = logp.index_select(1, self.ids)
         if not len(self.shared): return out
-        spread = logp[:, self.groups.clamp(min=0)].masked_fill(self.groups < 0, -torch.inf)
+        spread = logp[:, self.groups.clamp(min=0)].clamp(min=-1e4).masked_fill(self.groups < 0, -torch.inf)
         return out.index_copy(1, self.shared, spread.logsumexp(-1))
 
-    def to(self, device): return Events(self.ids.to(device), self.shared.to(device), self.groups.to(device))
+    def to(self,
+        device,    # torch device
+    ) -> 'Events':
+        return Events(self.ids.to(device), self.shared.to(device), self.groups.to(device))
 
 # %% ../nbs/03_vocab.ipynb #c009
 @dataclass(frozen=True)
@@ -58,13 +61,13 @@ class VocabMap:
     @classmethod
     def build(cls,
         student: ChatCodec | TokenBytes,  # a `TokenBytes` alone has no stops to match
-        teacher: ChatCodec | TokenBytes,
+        teacher: ChatCodec | TokenBytes,  # likewise
     ) -> 'VocabMap':
         "Match two vocabularies by bytes, and the stops of one with those of the other."
         sb, tb = (x.bytes if isinstance(x, ChatCodec) else x for x in (student, teacher))
         ss, ts = (list(getattr(x, 'stop_ids', ())) for x in (student, teacher))
-        if same_vocabulary(sb, tb):
-            every = Events.of([[i] for i in range(len(sb))])
+        if same_vocabulary(sb, tb) and set(ss) == set(ts):
+            every = Events.of([[i] for i in range(min(sb.width, tb.width))])
             return cls(every, every, len(sb), len(tb), True, ss[0] if ss else -1)
         a, b = ids_by_bytes(sb, ss), ids_by_bytes(tb, ts)
         pairs = [(a[k], b[k]) for k in a if k in b] + ([(ss, ts)] if ss and ts else [])
@@ -77,23 +80,26 @@ class VocabMap:
         e = getattr(self, side)
         return (len(e.ids) + int((e.groups >= 0).sum()) - len(e.shared)) / getattr(self, f'n_{side}')
 
-    def to(self, device): return replace(self, student=self.student.to(device), teacher=self.teacher.to(device))
+    def to(self,
+        device,                     # torch device
+    ) -> 'VocabMap':
+        return replace(self, student=self.student.to(device), teacher=self.teacher.to(device))
 
 # %% ../nbs/03_vocab.ipynb #c010
 def ids_by_bytes(
-    tokens: TokenBytes,
+    tokens: TokenBytes,  # one vocabulary
     leave_out=(),        # ids that are matched in another way
 ) -> dict:               # bytes -> ids
     "The ids of each byte string of a vocabulary, special and empty tokens left out."
     out = {}
     for i, b in enumerate(tokens.table):
-        if b and not tokens.is_special[i] and i not in leave_out: out.setdefault(b, []).append(i)
+        if b and i < tokens.width and not tokens.is_special[i] and i not in leave_out: out.setdefault(b, []).append(i)
     return out
 
 # %% ../nbs/03_vocab.ipynb #c011
 def same_vocabulary(
-    a: TokenBytes,
-    b: TokenBytes,
+    a: TokenBytes,       # one vocabulary
+    b: TokenBytes,       # another
 ) -> bool:
     "Whether every id means the same on both sides, so that logits can be compared column by column."
     n = min(len(a), len(b))  # a padded head may be longer by tokens that mean nothing
@@ -102,8 +108,8 @@ def same_vocabulary(
 
 # %% ../nbs/03_vocab.ipynb #c016
 def similarity(
-    student: TokenBytes,
-    teacher: TokenBytes,
+    student: TokenBytes, # one tokenizer
+    teacher: TokenBytes, # another
     texts=(),            # texts to cut with both
 ) -> dict:               # figures between 0 and 1, and mean chunk sizes in tokens
     "How alike two tokenizers are, in their vocabularies and on `texts`."
