@@ -39,7 +39,7 @@ def html(target: Path) -> int:
 def readme() -> str:
     nb = as_read(nbformat.read(ROOT / 'nbs' / 'index.ipynb', 4), drop_code=True)
     text, _ = MarkdownExporter().from_notebook_node(nb)
-    text = re.sub(r'```python\s*```\n*', '', text)
+    text = re.sub(r'^```\w*\s*^```\n*', '', text, flags=re.M)  # code cells, which a reader of the page does not need
     text = re.sub(r'\]\((images/)', r'](nbs/\1', text)
     text = re.sub(r'\]\(((?:runs/)?\w+)\.html', r'](nbs/\1.ipynb', text)
     head = '<!-- Made from nbs/index.ipynb by `make readme`; edit that notebook. -->\n\n'

@@ -141,7 +141,3 @@ def literal(
         try: return float(value)  # YAML 1.1 takes 1e-3 for text
         except ValueError: pass
     return value if isinstance(value, (bool, int, float)) else text
-
-# %% ../nbs/14_cli.ipynb #c027
-#| eval: false
-if __name__ == '__main__': sys.exit(main())

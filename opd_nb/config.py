@@ -54,7 +54,7 @@ class Settings(BaseSettings):
     teacher_dtype: Literal['auto', 'float32', 'bfloat16', 'float16'] = Field('auto', description='Number format of the teacher; auto is bfloat16 on a GPU and float32 elsewhere.')
     dtype: Literal['auto', 'float32', 'bfloat16'] = Field('auto', description='Number format of the student; auto is float32, or with adapters as for the teacher.')
     hf_token: SecretStr | None = Field(None, description='Hugging Face token, for gated models.')
-    loss: str = Field('auto', description='Loss: gkd, uld, gold or strict; auto is gkd for equal vocabularies, else the best of the others by our own Countdown figures.')
+    loss: str = Field('auto', description='Loss: gkd, uld, gold or strict; auto is gkd for equal vocabularies, else gold.')
     beta: float = Field(0.0, ge=0, le=1, description='β of the generalised JSD in gkd and gold: 0 forward KL, 1 reverse KL.')
     lam: float = Field(1.0, ge=0, le=1, description="λ, share of batches that are the student's own rollouts; the rest is reference answers.")
     data: str | None = Field(None, description='Prompts to train on: a JSON, JSONL, CSV or text file.')

@@ -228,7 +228,7 @@ TURNS = ("{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'
 INST = "<s>{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'] }}</s>{% else %}[INST]{{ m['content'] }}[/INST]{% endif %}{% endfor %}"
 
 TOKENIZERS = {'teacher': lambda: byte_level_tokenizer(512, template=CHATML),
-              'student': lambda: sentencepiece_tokenizer(440, INST),
+              'student': lambda: sentencepiece_tokenizer(480, INST),
               'student-bpe': lambda: byte_level_tokenizer(300, digits=True, template=TURNS, end='<|end|>')}
 
 # %% ../nbs/11_countdown.ipynb #c037

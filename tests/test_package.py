@@ -37,7 +37,7 @@ def test_imports_only_from_lower_rooms(nb):
 
 @pytest.mark.parametrize('path', MODULES, ids=lambda p: p.stem)
 def test_modules_stay_readable(path):
-    assert len(path.read_text().splitlines()) <= 420, 'split the notebook: one room, one idea'
+    assert len(path.read_text().splitlines()) <= 360, 'split the notebook: one room, one idea'
 
 
 @pytest.mark.parametrize('nb', sorted((ROOT / 'nbs').rglob('*.ipynb')), ids=lambda p: p.stem)

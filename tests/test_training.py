@@ -12,6 +12,9 @@ from opd_nb.training import newest_checkpoint, read_log, train
 from opd_nb.types import BadInput
 
 
+OPD = [sys.executable, '-c', 'import sys; from opd_nb.cli import main; sys.exit(main())']
+
+
 @pytest.fixture(scope='module')
 def prompts(tmp_path_factory):
     return str(save_conversations(countdown.draw(60, answers=True), tmp_path_factory.mktemp('data') / 'prompts.jsonl'))
@@ -71,10 +74,10 @@ def test_command_and_function_agree(prompts, tmp_path):
     train(c, progress=False)
     words = [w for k, v in c.model_dump(mode='json', exclude_defaults=True).items() for w in (f"--{k.replace('_', '-')}", str(v))]
     words[words.index('--output-dir') + 1] = str(tmp_path / 'command')
-    done = subprocess.run([sys.executable, '-m', 'opd_nb.cli', 'train', *words], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run([*OPD, 'train', *words], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert figures(tmp_path / 'command') == figures(tmp_path / 'function')
-    done = subprocess.run([sys.executable, '-m', 'opd_nb.cli', 'train', '--config', str(tmp_path / 'command' / 'config.yaml'), '--output-dir', str(tmp_path / 'repeat')], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run([*OPD, 'train', '--config', str(tmp_path / 'command' / 'config.yaml'), '--output-dir', str(tmp_path / 'repeat')], capture_output=True, text=True, cwd=tmp_path)
     assert figures(tmp_path / 'repeat') == figures(tmp_path / 'function'), done.stderr
 
 
