@@ -8,13 +8,12 @@ from nbconvert import HTMLExporter, MarkdownExporter
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def as_read(nb, drop_code=False):
+def as_read(nb):
     "A notebook without the cells and directives that are for nbdev only."
     cells = []
     for c in nb.cells:
         if c.cell_type == 'raw' or re.search(r'^\s*#\s*\|\s*(hide|default_exp)\b', c.source, re.M): continue
         c.source = re.sub(r'^\s*#\s*\|.*\n?', '', c.source, flags=re.M)
-        if drop_code and c.cell_type == 'code': c.source = ''
         cells.append(c)
     nb.cells = cells
     return nb
@@ -37,9 +36,8 @@ def html(target: Path) -> int:
 
 
 def readme() -> str:
-    nb = as_read(nbformat.read(ROOT / 'nbs' / 'index.ipynb', 4), drop_code=True)
-    text, _ = MarkdownExporter().from_notebook_node(nb)
-    text = re.sub(r'^```\w*\s*^```\n*', '', text, flags=re.M)  # code cells, which a reader of the page does not need
+    nb = as_read(nbformat.read(ROOT / 'nbs' / 'index.ipynb', 4))
+    text, _ = MarkdownExporter(exclude_input=True).from_notebook_node(nb)  # what a cell shows is of interest here, the cell is not
     text = re.sub(r'\]\((images/)', r'](nbs/\1', text)
     text = re.sub(r'\]\(((?:runs/)?\w+)\.html', r'](nbs/\1.ipynb', text)
     head = '<!-- Made from nbs/index.ipynb by `make readme`; edit that notebook. -->\n\n'

@@ -89,7 +89,7 @@ def plot_accuracy(
     ax.barh(y, share, color=['#2f855a' if 'teacher' in k else '#a0aec0' if 'before' in k else '#c05621' if 'control' in k else '#2b6cb0' for k in names], height=.62)
     ax.errorbar(share, y, xerr=np.clip([share - ends[0], ends[1] - share], 0, None), fmt='none', c='#222', capsize=3, lw=1)
     for i, s, hi in zip(y, share, ends[1]): ax.text(hi + 1.5, i, f'{s:.1f}%', va='center')
-    ax.set(yticks=y, yticklabels=names, xlim=(0, 112), xticks=range(0, 101, 20), xlabel='right answers, % (bars: 95% intervals)', title=title)
+    ax.set(yticks=y, yticklabels=names, xlim=(0, 112), xticks=range(0, 101, 20), xlabel='right answers, % (whiskers: 95% intervals)', title=title)
     ax.spines[['top', 'right']].set_visible(False)
     return ax
 

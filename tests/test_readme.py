@@ -39,6 +39,13 @@ def test_papermill_parameters(line):
     for name in re.findall(r'-p (\w+)', line): assert re.search(rf'^{name}\b', ''.join(cell['source']), re.M), name
 
 
+def test_blocks_open_and_close():
+    "A block that lost its fence swallows the prose after it."
+    fences = [line for line in README.splitlines() if line.startswith('```')]
+    assert len(fences) % 2 == 0 and all(f != '```' for f in fences[::2]) and all(f == '```' for f in fences[1::2])
+    assert len(re.findall(r'^```python', README, re.M)) >= 5
+
+
 def test_python_blocks_compile():
     for block in re.findall(r'```python\n(.*?)```', README, re.S): compile(block, 'README', 'exec')
 

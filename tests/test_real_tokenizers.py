@@ -64,7 +64,7 @@ def test_lossy_families_cover_the_text(name):
         if len(ids): assert ends[-1] == len(x.encode()) and (np.diff(ends) >= 0).all()
 
 
-@pytest.mark.parametrize('a, b', itertools.permutations(EXACT[:4], 2))
+@pytest.mark.parametrize('a, b', list(itertools.permutations(EXACT[:4], 2)))
 def test_alignment_of_real_pairs(a, b):
     for x in (' Hello', 'Hello', '\n7*3=21', '😀 ok', 'naïve café', ' '):
         (_, s), (_, t) = table(a).encode(x), table(b).encode(x)
