@@ -14,7 +14,7 @@ help:            ## this list
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "opd_nb needs Python 3.11 or later, and none was found. Install one, or name it: make demo PYTHON=/path/to/python3.11"; exit 1; }
-	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(f"opd_nb needs Python 3.11 or later, but $(PYTHON) is {v[0]}.{v[1]}. Name a newer one: make demo PYTHON=/path/to/python3.11" if v < (3, 11) else 0)'
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "opd_nb needs Python 3.11 or later, but $(PYTHON) is %d.%d. Name a newer one: make demo PYTHON=/path/to/python3.11" % v[:2] or 0)'
 	@echo "Setting up $(VENV) with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "python -m venv failed; on Debian and Ubuntu install python3-venv."; exit 1; }
 
@@ -45,7 +45,7 @@ readme: $(VENV)/.dev ## README.md and .env.example from their notebooks
 	@$(BIN)/python .ci/render.py readme README.md
 	@$(BIN)/python -c 'from opd_nb.config import env_example; open(".env.example", "w", encoding="utf-8").write(env_example())'
 
-models: $(VENV)/.base ## train the embedded models anew (about an hour)
+models: $(VENV)/.base ## train the embedded models anew, into outputs/tiny (about an hour)
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m papermill nbs/runs/tiny_models.ipynb outputs/tiny_models.ipynb
 
 clean:           ## remove the environment and all outputs
