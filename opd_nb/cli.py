@@ -122,7 +122,9 @@ def demo(
     found = papermill.inspect_notebook(str(notebook_folder() / 'quickstart.ipynb'))
     parser = argparse.ArgumentParser('opd demo', description=demo.__doc__)
     for p in found.values(): parser.add_argument('--' + p['name'].replace('_', '-'), help=f"{p['help'] or ''} (default: {p['default']})".replace('%', '%%'))
-    given = {k: literal(v) for k, v in vars(parser.parse_args(argv)).items() if v is not None}
+    known, rest = parser.parse_known_args(argv)
+    if rest: raise unknown('flag', rest[0], ['--' + p.replace('_', '-') for p in found])
+    given = {k: literal(v) for k, v in vars(known).items() if v is not None}
     folder = Path(given.get('output_dir') or 'outputs/quickstart').resolve()
     out = run_notebook('quickstart', given | dict(output_dir=str(folder)), folder)
     m = json.loads((folder / 'metrics.json').read_text())

@@ -46,7 +46,7 @@ def test_notebooks_hold_no_secret_path_or_error(nb):
     cells = json.loads(text)['cells']
     assert not [o for c in cells for o in c.get('outputs', []) if o['output_type'] == 'error']
     assert not re.search(r'hf_[A-Za-z]{20,}|sk-[A-Za-z0-9]{20,}', text)
-    assert str(ROOT) not in text and '/home/' not in text, 'a path of one machine'
+    assert not re.search(r'/(home|root|work|Users)/', text), 'a path of one machine'
 
 
 def test_wheel_carries_notebooks_and_models(tmp_path):
