@@ -11,7 +11,6 @@ import argparse
 import logging
 import shutil
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 from .config import OPDConfig

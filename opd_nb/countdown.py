@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 
-from .types import BadInput, Conversation
+from .types import Conversation
 
 # %% ../nbs/11_countdown.ipynb #c006
 def steps_from(

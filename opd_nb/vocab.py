@@ -8,7 +8,6 @@ __all__ = ['Events', 'VocabMap', 'ids_by_bytes', 'same_vocabulary', 'similarity'
 # %% ../nbs/03_vocab.ipynb #c003
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 
 from .alignment import align
