@@ -6,7 +6,7 @@
 __all__ = ['Alignment', 'laid_out', 'align', 'plot_alignment']
 
 # %% ../nbs/02_alignment.ipynb #c003
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -20,10 +20,17 @@ class Alignment:
     teacher_start: np.ndarray  # [C] first teacher position
     teacher_len: np.ndarray    # [C] number of teacher positions, at least 1
     row: np.ndarray            # [C] which completion of the batch
-    n_student: int             # student positions in all, in chunks or not
-    n_teacher: int             # teacher positions in all
+    student_ends: np.ndarray   # [N] byte end of every student position, in chunks or not, row r moved by r * stride
+    teacher_ends: np.ndarray   # [M] the same for the teacher's
+    stride: int                # more than the longest row has bytes
 
     def __len__(self): return len(self.row)
+
+    @property
+    def n_student(self) -> int: return len(self.student_ends)
+
+    @property
+    def n_teacher(self) -> int: return len(self.teacher_ends)
 
     @cached_property
     def one_to_one(self) -> np.ndarray:
@@ -34,7 +41,7 @@ class Alignment:
         keep,              # [C] bool or indices
     ) -> 'Alignment':
         "Only some of the chunks."
-        return Alignment(*(getattr(self, f)[keep] for f in ('student_start', 'student_len', 'teacher_start', 'teacher_len', 'row')), self.n_student, self.n_teacher)
+        return replace(self, **{f: getattr(self, f)[keep] for f in ('student_start', 'student_len', 'teacher_start', 'teacher_len', 'row')})
 
     @property
     def coverage(self) -> float:
@@ -70,7 +77,7 @@ def align(
         stop, first = np.searchsorted(x, points, side='right'), np.cumsum([0, *map(len, rows)])[row]
         start = np.where(new, first, np.roll(stop, 1)) if len(stop) else stop
         spans += [start, stop - start]
-    return Alignment(*spans, row, len(s), len(t))
+    return Alignment(*spans, row, s, t, stride)
 
 # %% ../nbs/02_alignment.ipynb #c017
 def plot_alignment(

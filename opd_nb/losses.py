@@ -111,7 +111,7 @@ def compact(
         new = np.cumsum(n) - n
         rows.append(np.repeat(start - new, n) + np.arange(n.sum()))
         out += [new, n]
-    return Alignment(*out, a.row, len(rows[0]), len(rows[1])), *rows
+    return Alignment(*out, a.row, a.student_ends[rows[0]], a.teacher_ends[rows[1]], a.stride), *rows
 
 # %% ../nbs/04_losses.ipynb #c018
 @dataclass(frozen=True)
@@ -307,7 +307,7 @@ def pair_positions(
     n = np.minimum(sn, tn)
     i = np.arange(n.sum()) - np.repeat(np.cumsum(n) - n, n)
     one = np.ones(n.sum(), int)
-    return Alignment(np.repeat(s0, n) + i, one, np.repeat(t0, n) + i, one, np.repeat(np.unique(a.row), n), a.n_student, a.n_teacher)
+    return Alignment(np.repeat(s0, n) + i, one, np.repeat(t0, n) + i, one, np.repeat(np.unique(a.row), n), a.student_ends, a.teacher_ends, a.stride)
 
 # %% ../nbs/04_losses.ipynb #c045
 @register_loss('gold')

@@ -54,6 +54,8 @@ class VocabMap:
     n_teacher: int
     identical: bool    # one and the same vocabulary on both sides
     stop: int          # index of the stop event, or -1
+    tokens: tuple = (None, None)  # `TokenBytes` of the student, of the teacher
+    stops: tuple = ((), ())       # token ids that end a turn, of the student, of the teacher
 
     def __len__(self): return len(self.student.ids)
 
@@ -67,10 +69,10 @@ class VocabMap:
         ss, ts = (list(getattr(x, 'stop_ids', ())) for x in (student, teacher))
         if same_vocabulary(sb, tb) and set(ss) == set(ts):
             every = Events.of([[i] for i in range(min(sb.width, tb.width))])
-            return cls(every, every, len(sb), len(tb), True, ss[0] if ss else -1)
+            return cls(every, every, len(sb), len(tb), True, ss[0] if ss else -1, (sb, tb), (ss, ts))
         a, b = ids_by_bytes(sb, ss), ids_by_bytes(tb, ts)
         pairs = [(a[k], b[k]) for k in a if k in b] + ([(ss, ts)] if ss and ts else [])
-        return cls(Events.of([p for p, _ in pairs]), Events.of([q for _, q in pairs]), len(sb), len(tb), False, len(pairs) - 1 if ss and ts else -1)
+        return cls(Events.of([p for p, _ in pairs]), Events.of([q for _, q in pairs]), len(sb), len(tb), False, len(pairs) - 1 if ss and ts else -1, (sb, tb), (ss, ts))
 
     def share(self,
         side: str = 'teacher',  # 'student' or 'teacher'
