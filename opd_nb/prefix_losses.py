@@ -55,6 +55,7 @@ def places(
     teacher_ids: list,   # [M]
     vocab: VocabMap,
     px: Prefixes,
+    blanks: bool = False, # positions where the student wrote blanks get a target too
     most: int = 8,       # longer student tokens that are followed at one position
 ) -> Places:
     "One pass over the student's positions."
@@ -74,7 +75,7 @@ def places(
         if student_ids[p] in stops or teacher_ids[g] in teacher_stops:  # both end here, or nothing can be said
             if k or not (student_ids[p] in stops and teacher_ids[g] in teacher_stops): lost += 1; continue
             out.append((-1, None, [])); rows.append((p, g, g, row)); continue
-        if wrote[p] and not wrote[p].strip(b' \t'): blank += 1; continue
+        if not blanks and wrote[p] and not wrote[p].strip(b' \t'): blank += 1; continue
         piece, known = teacher_tokens.table[teacher_ids[g]], text[row]
         exact = known[t_start[g] - base:a.teacher_ends[g] - base] == piece and px.teacher.index(piece) >= 0
         if k and not exact: lost += 1; continue
@@ -100,15 +101,15 @@ def prefix_targets(
     teacher_stops,     # ids
     capped: bool = False, # inside a teacher token, map only as far as the realised token reaches
     lists: bool = False,  # the teacher lists some tokens only: no targets inside its tokens, no spans
-) -> tuple:            # [U, E + 2] probabilities of the student's events, of its stop, of nothing it can say; [U] bool: has a target
+) -> tuple:            # [U, E + 2] probabilities of the student's events, of its stop, of what the teacher's token leaves open; [U] bool: has a target
     "What the teacher's next bytes say of the student's next token."
     qe, stop, at, units = px.teacher.events.gather(q).exp(), q[:, list(teacher_stops)].exp().sum(-1), piece.teacher_start, range(piece.units.start, piece.units.stop)
     n_events, offset = len(px.student), torch.tensor(pl.offset[piece.units], device=q.device)
-    t, known = q.new_zeros(len(at), n_events + 2), torch.ones(len(at), dtype=torch.bool, device=q.device)
+    t, known = q.new_zeros(len(at), n_events + 3), torch.ones(len(at), dtype=torch.bool, device=q.device)
     whole = (offset == 0).nonzero()[:, 0]
     t[whole] = t[whole].scatter_add(1, place(px.phi[px.start[:-1]], n_events, q.device).expand(len(whole), -1), qe[at[whole]])
     t[offset <= 0, n_events] = stop[at[offset <= 0]]
-    if lists: return t, (offset <= 0) & (q[at] > -1e3).any(-1)
+    if lists: return t[:, :-1], (offset <= 0) & (q[at] > -1e3).any(-1)
     known &= (q[at] > -1e3).any(-1)
     realised = q.gather(1, piece.teacher_ids[:, None])[:, 0]
     for i, u in enumerate(units):
@@ -120,19 +121,20 @@ def prefix_targets(
             known[i], scale = known[i] & (scale > 1e-9), scale.clamp(min=1e-9)
             to = [mapped(px, e, len(written), left if capped else None) for e in range(lo, hi)] if capped else mapped_range(px, lo, hi, len(written))
             t[i].index_add_(0, place(np.asarray(to), n_events, q.device), qe[row, lo:hi] / scale)
+            if px.teacher.keys[lo] == written: t[i, n_events + 1] = qe[row, lo] / scale  # this token ends here: what follows is not known
         if pl.spans[u]:
             path = [(e, (realised[row:row + h].sum().exp() * qe[row + h, slice(*px.teacher.between(rest))].sum()) / scale) for e, h, rest in pl.spans[u]]
             t[i, mapped(px, w, len(written), left if capped else None)] -= path[0][1]
             for (e, p), (_, after) in zip(path, path[1:] + [(None, 0.)]): t[i, e] += p - after
-    return t.clamp(min=0), known
+    return t[:, :-1].clamp(min=0), known
 
 # %% ../nbs/04_prefix_losses.ipynb #c013
 def place(
     events: np.ndarray,  # student events, -1 for none
     n_events: int,
     device,              # torch device
-) -> torch.Tensor:       # column of each; those without an event go to the last
-    return torch.as_tensor(np.where(events < 0, n_events + 1, events), dtype=torch.long, device=device)
+) -> torch.Tensor:       # column of each; those without an event go to the last, which nobody reads
+    return torch.as_tensor(np.where(events < 0, n_events + 2, events), dtype=torch.long, device=device)
 
 # %% ../nbs/04_prefix_losses.ipynb #c014
 def mapped_range(
@@ -151,9 +153,9 @@ def mapped(
     event: int,    # teacher event
     written: int,  # bytes of it that are there already
     cap: int | None = None,  # bytes that may be looked at; all if not set
-) -> int:          # student event, or the column of nothing
+) -> int:          # student event, or the column that nobody reads
     e = px.student.prefix_of(px.teacher.keys[event][written:][:cap])
-    return e if e >= 0 else len(px.student) + 1
+    return e if e >= 0 else len(px.student) + 2
 
 # %% ../nbs/04_prefix_losses.ipynb #c016
 @register_loss('bpm', needs='listed')
@@ -163,26 +165,32 @@ def bpm(
     alignment: Alignment,  # where they can be compared
     vocab: VocabMap,       # what both can express
     capped: bool = False,  # see `prefix_targets`
+    open_: str = 'drop',   # where the teacher's token may end and what follows is open: 'drop' that share, or add it to the 'rest' as in the paper
+    blanks: bool | None = None, # train positions where the student wrote blanks; if not set, where its vocabulary leaves it no choice
     inside: str = 'refuse', # of a teacher that lists: 'refuse' positions inside its tokens, or take what is 'listed' for all there is
     limit: int | None = None, # see `over_pieces`
 ) -> LossOutput:
-    "KL(t‖p) at every student position, t the byte-prefix marginal of the teacher. What t cannot map is compared with the student's mass outside t's support, floored at 1e-9."
+    "KL(t‖p) at every student position, t the byte-prefix marginal of the teacher, weighted by how much of it is known. What t cannot map is compared with the student's mass outside t's support, floored at 1e-9."
     if vocab.identical: return gkd(student, teacher, alignment, vocab, 0., limit=limit)  # every token is its own prefix
+    if open_ not in ('drop', 'rest'): raise unknown('open_', open_, ['drop', 'rest'])
     if inside not in ('refuse', 'listed'): raise unknown('inside', inside, ['refuse', 'listed'])
     px = once(vocab, prefixes)
     events, stops = px.student.events.to(student.hidden.device), list(vocab.stops[0])
     others = unsaid(px.student, stops, student.width).to(student.hidden.device)
-    pl, lists, unmapped = places(alignment, student.ids.tolist(), teacher.ids.tolist(), vocab, px), 'dense' not in teacher.gives and inside == 'refuse', []
+    blanks = not any(k[:1] == b' ' and k.strip(b' \t') for k in px.student.keys) if blanks is None else blanks
+    pl, lists, unmapped = places(alignment, student.ids.tolist(), teacher.ids.tolist(), vocab, px, blanks), 'dense' not in teacher.gives and inside == 'refuse', []
     if lists: pl = replace(pl, units=replace(pl.units, teacher_len=np.ones_like(pl.units.teacher_len)))
     def value(s, q, piece):
         t, known = prefix_targets(q, piece, pl, px, vocab.stops[1], capped, lists)
+        certain = (1 - t[:, -1]).clamp(min=0) if open_ == 'drop' else torch.ones_like(t[:, -1])
         p = s.log_softmax(-1)[piece.student_start]
         on = torch.cat([events.gather(p), p[:, stops].logsumexp(-1, keepdim=True)], -1).clamp(min=-1e4)
-        t = t[:, :-1].to(on)
+        t, certain = (t[:, :-1] / certain.clamp(min=1e-9)[:, None]).to(on), certain.to(on)
         nothing = (1 - t.sum(-1)).clamp(min=0)
         outside = torch.cat([on.masked_fill(t > 0, -1e4), p[:, others]], -1).logsumexp(-1).clamp(min=FLOOR)
-        unmapped.append(nothing[known].sum().item())
-        return (torch.xlogy(t, t) - t * on).sum(-1) + torch.xlogy(nothing, nothing) - nothing * outside, known
+        known = known & (certain > 1e-6)
+        unmapped.append((certain * nothing)[known].sum().item())
+        return certain * ((torch.xlogy(t, t) - t * on).sum(-1) + torch.xlogy(nothing, nothing) - nothing * outside), known
     out = over_pieces(student, teacher, pl.units, value, limit)
     out.logged.update(blank=pl.blank, lost=pl.lost + len(pl.offset) - len(out), unmapped=sum(unmapped))
     return out
@@ -241,7 +249,7 @@ def escd(
     alignment: Alignment,  # where they can be compared
     vocab: VocabMap,       # what both can express
     child: float = 1.0,    # λ, weight of the child term
-    root: str = 'exact',   # 'exact' as in the paper, or 'prefix'
+    root: str = 'prefix',  # what the teacher's tokens begin with ('prefix'), or only pairs of equal bytes ('exact')
     limit: int | None = None, # see `over_pieces`
 ) -> LossOutput:
     "Forward KL at shared boundaries plus what the next student token should be. The child term is a cross-entropy, so the sum is not zero at its least."
@@ -260,8 +268,8 @@ def escd(
         qe = t_events.gather(q).exp()
         if root == 'exact': out = jsd(with_rest(here.teacher.gather(q)), with_rest(here.student.gather(p[r])), 0.)
         else:
-            t = q.new_zeros(len(q), len(px.student) + 2).scatter_add(1, first.expand(len(q), -1), qe)[:, :-1].log()
-            out = jsd(with_rest(torch.cat([t[:, :-1], q[:, t_stops].logsumexp(-1, keepdim=True)], -1)), with_rest(torch.cat([s_events.gather(p[r]), p[r][:, s_stops].logsumexp(-1, keepdim=True)], -1)), 0.)
+            t = q.new_zeros(len(q), len(px.student) + 3).scatter_add(1, first.expand(len(q), -1), qe)[:, :len(px.student)].log()
+            out = jsd(with_rest(torch.cat([t, q[:, t_stops].logsumexp(-1, keepdim=True)], -1)), with_rest(torch.cat([s_events.gather(p[r]), p[r][:, s_stops].logsumexp(-1, keepdim=True)], -1)), 0.)
         mass = q.new_zeros(len(q), len(gr.roots) + 1).scatter_add(1, of.expand(len(q), -1), qe)
         next_, found = (piece.student_len == 2).nonzero()[:, 0], [children(gr, px, event_of[i]) for i in piece.student_ids[r].tolist()]
         found = [(np.full(len(found[u][0]), n), np.full(len(found[u][0]), u), *found[u]) for n, u in enumerate(next_.tolist())]

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from conftest import real
+
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = sorted((ROOT / 'nbs' / 'runs').glob('*.ipynb'))
 SHORT = ['-p', 'max_steps', '20', '-p', 'n_eval', '60', '-p', 'n_train', '300', '-p', 'control', 'False', '-p', 'seed', '3']
@@ -77,3 +79,21 @@ def test_tiny_models_in_small(tmp_path):
     done = papermill(tmp_path, '-p', 'fraction', '0.002', '-p', 'n_eval', '10', notebook='tiny_models')
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads((tmp_path / 'metrics.json').read_text())['n_eval'] == 10
+
+
+def test_benchmark_in_small(tmp_path):
+    "Sizes of a toy: the figures mean nothing, but all of them are there, and both sides ran."
+    small = dict(lengths='16,32', student_vocab=2000, teacher_vocab=1500, dims='16', rows=16, repeats=1, text_mb=.02)
+    done = papermill(tmp_path, *(w for k, v in small.items() for w in ('-p', k, str(v))), notebook='benchmark')
+    assert done.returncode == 0, done.stderr[-2000:]
+    m = json.loads((tmp_path / 'metrics.json').read_text())
+    wanted = {'gold_time_ratio_16', 'gold_mem_ratio_32', 'align_time_ratio', 'phi_seconds', 'w_seconds', *(f'{x}_over_floor' for x in ('gold', 'strict', 'bpm', 'escd', 'uld'))}
+    assert wanted <= set(m) and all(m[k] > 0 for k in wanted - {'gold_mem_ratio_32'}), wanted - set(m)
+
+
+def test_two_real_models_in_small(tmp_path):
+    "One step of two losses on models that others trained; the hundred steps are in the notebook."
+    done = papermill(tmp_path, '-p', 'real_data', str(real('models').parent), '-p', 'losses', 'bpm,control', '-p', 'steps', '1', '-p', 'batch', '2', '-p', 'evaluated', '2', '-p', 'max_new_tokens', '24', '-p', 'repeats', '1', notebook='real_pair')
+    assert done.returncode == 0, done.stderr[-2000:]
+    m = json.loads((tmp_path / 'metrics.json').read_text())
+    assert {'start', 'bpm', 'control'} == set(m) and m['start']['teacher_nll'] > 0 and m['bpm']['divergence_bpm'] != m['control']['divergence_bpm']
