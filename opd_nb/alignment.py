@@ -52,13 +52,12 @@ class Alignment:
 
 # %% ../nbs/02_alignment.ipynb #c009
 def laid_out(
-    rows: list,       # byte ends of each row
+    rows: list,       # int64 arrays of byte ends, one for each row
     stride: int,      # more than the longest row has bytes
 ) -> np.ndarray:      # all ends, each row in a range of its own
     "Rows of ends as one sorted array."
     if not rows: return np.zeros(0, np.int64)
-    lengths = [len(r) for r in rows]
-    return np.concatenate([np.asarray(r, np.int64) for r in rows]) + np.repeat(np.arange(len(rows)) * stride, lengths)
+    return np.concatenate(rows) + np.repeat(np.arange(len(rows)) * stride, [len(r) for r in rows])
 
 # %% ../nbs/02_alignment.ipynb #c011
 def meeting_points(
@@ -83,7 +82,8 @@ def align(
     "Chunks between the byte offsets where both sides have a cut. Raises `BadInput` if ends decrease or rows are missing."
     if len(student_ends) == 0 or np.ndim(student_ends[0]) == 0: student_ends, teacher_ends = [student_ends], [teacher_ends]
     if len(student_ends) != len(teacher_ends): raise BadInput('teacher_ends', len(teacher_ends), f'must have one row for each of the {len(student_ends)} rows of the student', 'Score every completion, also an empty one.')
-    stride = 2 + max((int(np.max(r)) for r in [*student_ends, *teacher_ends] if len(r)), default=0)
+    student_ends, teacher_ends = ([np.asarray(r, np.int64) for r in rows] for rows in (student_ends, teacher_ends))
+    stride = 2 + max((int(r.max()) for r in [*student_ends, *teacher_ends] if len(r)), default=0)
     s, t = laid_out(student_ends, stride), laid_out(teacher_ends, stride)
     for side, x in (('student_ends', s), ('teacher_ends', t)):
         if len(x) and (x[0] < 0 or (np.diff(x) < 0).any()): raise BadInput(side, int(x[np.argmin(np.diff(x, prepend=0))] % stride), 'ends must not decrease within a row', 'Count the bytes of every token from the start of the completion.')

@@ -110,11 +110,12 @@ class TokenBytes:
         family: str,           # see `family_of`
         plain_backend=None,    # tokenizer that cuts completions, see `plain`
         width: int | None = None, # ids that the model's head has; all of them if not set
+        pieces: list | None = None, # each id as the vocabulary spells it, None where there is no token
     ):
         self.table, self.family, self.backend = table, family, plain_backend
         self.is_special = np.asarray(is_special, bool)
         self.lengths = np.array([len(b) for b in table], np.int64)
-        self.width = width or len(table)
+        self.width, self.pieces = width or len(table), pieces
 
     @classmethod
     def from_tokenizer(cls,
@@ -130,7 +131,7 @@ class TokenBytes:
         table = table_of(pieces, special, {a['id'] for a in spec['added_tokens']}, parts)
         inside = Tokenizer.from_str(json.dumps(spec))
         inside.encode_special_tokens = True  # a text that spells `<|end|>` is text, not an end
-        out = cls(table, [p is None or i in special for i, p in enumerate(pieces)], family_of(parts), inside, size)
+        out = cls(table, [p is None or i in special for i, p in enumerate(pieces)], family_of(parts), inside, size, pieces)
         out.check()
         return out
 
