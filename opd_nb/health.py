@@ -11,7 +11,7 @@ from collections import Counter
 import torch
 
 from .alignment import Alignment
-from .losses import Side, over_pieces
+from .engine import Side, over_pieces
 from .vocab import VocabMap
 
 # %% ../nbs/08_health.ipynb #c006
@@ -23,7 +23,7 @@ def compare(
     "How two distributions over the same events relate, position by position."
     k = min(k, p.shape[1])
     top_p, top_q = p.topk(k).indices, q.topk(k).indices
-    common = (top_p[:, :, None] == top_q[:, None]).any(-1)  # [N, k] of the student's top
+    common = (top_p[:, :, None] == top_q[:, None]).any(-1) & (q.gather(1, top_p) > -1e3)  # [N, k] of the student's top
     cp = p.gather(1, top_p).masked_fill(~common, -torch.inf)
     cq = q.gather(1, top_p).masked_fill(~common, -torch.inf)
     bar_p, bar_q = (x - x.logsumexp(-1, keepdim=True) for x in (cp, cq))
@@ -36,19 +36,21 @@ def compare(
 @torch.no_grad()
 def health(
     student: Side,         # the student's positions
-    teacher: Side,         # the teacher's, of the same texts
+    teacher,               # the teacher's, `Side` or `Listed`, of the same texts
     alignment: Alignment,  # where they can be compared
     vocab: VocabMap,       # what both can express
     k: int = 16,         # see `compare`
 ) -> dict:               # figure -> mean over the positions aligned 1:1
     "Health figures of one batch."
+    if 'listed' not in teacher.gives: return dict(coverage=alignment.coverage)
     sums, vocab = Counter(), vocab.to(student.hidden.device)
     def value(s, t, piece):
-        p, q = vocab.student.gather(s).log_softmax(-1), vocab.teacher.gather(t).log_softmax(-1)
+        q = vocab.teacher.gather(t)
+        known = (q > -1e3).any(-1)
+        p, q = vocab.student.gather(s)[known].log_softmax(-1), q[known].log_softmax(-1)
         for name, x in compare(p, q, k).items(): sums[name] += x.sum().item()
-        return p[:, 0] * 0
-    pairs = alignment.select(alignment.one_to_one)
-    over_pieces(student, teacher, pairs, value)
+        return s[:, 0] * 0, known
+    pairs = over_pieces(student, teacher, alignment.select(alignment.one_to_one), value)
     return {name: x / max(1, len(pairs)) for name, x in sums.items()} | dict(coverage=alignment.coverage)
 
 # %% ../nbs/08_health.ipynb #c013

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from .losses import Side
+from .engine import Side
 from .tokens import ChatCodec
 from .types import BadInput, Head, unknown
 

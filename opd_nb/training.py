@@ -27,7 +27,8 @@ from .alignment import align
 from .config import OPDConfig
 from .data import load_conversations, split
 from .health import health, text_figures
-from .losses import Side, get_loss
+from . import prefix_losses, scalar_losses  # so that their losses are registered
+from .engine import get_loss, teacher_side
 from .models import LM, read
 from .rollouts import as_rollout, rollout
 from .teachers import load_teacher
@@ -179,10 +180,10 @@ def distil_rows(
     "Have both models read what was written, align the two, and compare."
     signals = run.teacher.score([r.conversation for r in rows], [(r.data, r.stopped) for r in rows])
     student = read(run.student.model, [r.prompt_ids for r in rows], [r.ids for r in rows])
-    teacher, alignment = Side.of_signals(signals), align([r.ends for r in rows], [s.ends for s in signals])
+    teacher, alignment = teacher_side(signals, len(run.teacher.codec.bytes)), align([r.ends for r in rows], [s.ends for s in signals])
     figures, out = health(student, teacher, alignment, run.vocab), run.loss(student, teacher, alignment)
     figures |= {k: v / max(1, len(out)) for k, v in out.logged.items()}
-    return out, figures | dict(teacher_nll=-torch.cat([s.logprobs for s in signals]).mean().item())
+    return out, figures | dict(teacher_nll=-teacher.logprobs.nanmean().item())
 
 # %% ../nbs/09_training.ipynb #c028
 def train_step(
@@ -192,21 +193,21 @@ def train_step(
     start, model = time.perf_counter(), run.student.model.train()
     torch.manual_seed(run.config.seed * 1_000_003 + run.step)  # for dropout; rollouts have numbers of their own
     rollouts = write_or_take(run, step_prompts(run, run.step), run.step)
-    written, total, trained, figures = time.perf_counter(), 0., 0, []
+    written, total, weight, trained, figures = time.perf_counter(), 0., 0., 0, []
     model.zero_grad()
     for rows in batches(rollouts, run.config.micro_batch):
         out, f = distil_rows(run, rows)
         if len(out): out.total.backward()
-        total, trained = total + out.total.item(), trained + len(out)
+        total, weight, trained = total + out.total.item(), weight + out.weight, trained + len(out)
         figures.append((len(rows), f))
     for p in model.parameters():
-        if p.grad is not None: p.grad /= max(1, trained)
+        if p.grad is not None and weight: p.grad /= weight
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), run.config.grad_clip).item()
     sane = bool(trained and np.isfinite(norm))
     for o in run.optimizers if sane else (): o.step()
     for s in run.schedulers: s.step()
     run.step += 1
-    return dict(event='step', step=run.step, loss=total / max(1, trained), trained=trained, skipped=int(not sane), grad_norm=norm, lr=run.schedulers[-1].get_last_lr()[0],
+    return dict(event='step', step=run.step, loss=total / weight if weight else 0., trained=trained, skipped=int(not sane), grad_norm=norm, lr=run.schedulers[-1].get_last_lr()[0],
                 **weighted(figures), **text_figures(rollouts), seconds_writing=written - start, seconds=time.perf_counter() - start)
 
 # %% ../nbs/09_training.ipynb #c030
@@ -225,12 +226,12 @@ def validate(
     "The same figures on held-out prompts, always with the same random numbers."
     run.student.model.eval()
     rollouts = rollout(run.student, run.val, run.config.max_new_tokens, run.config.seed, 2**31, 0, run.config.temperature, run.config.top_p, run.config.micro_batch)
-    total, trained, figures = 0., 0, []
+    total, weight, figures = 0., 0., []
     for rows in batches(rollouts, run.config.micro_batch):
         out, f = distil_rows(run, rows)
-        total, trained = total + out.total.item(), trained + len(out)
+        total, weight = total + out.total.item(), weight + out.weight
         figures.append((len(rows), f))
-    return dict(event='validation', step=run.step, loss=total / max(1, trained), **weighted(figures), **text_figures(rollouts))
+    return dict(event='validation', step=run.step, loss=total / weight if weight else 0., **weighted(figures), **text_figures(rollouts))
 
 # %% ../nbs/09_training.ipynb #c035
 def save_student(
