@@ -138,7 +138,7 @@ def add_product(
         for i in range(0, len(out), block): out[i:i + block] += g[:, i:i + block].T @ h
 
 # %% ../nbs/04_engine.ipynb #c017
-PIECE_BYTES = dict(cpu=16 * 2**20, cuda=512 * 2**20, mps=128 * 2**20)  # logits of one piece, student's and teacher's together
+PIECE_BYTES = dict(cpu=64 * 2**20, cuda=512 * 2**20, mps=128 * 2**20)  # logits of one piece, student's and teacher's together
 
 # %% ../nbs/04_engine.ipynb #c018
 def piece_bounds(
@@ -211,7 +211,8 @@ def over_pieces(
     "Evaluate a loss unit by unit without ever holding more than one piece of logits."
     a, s_rows, t_rows = compact(units)
     s, t = (side if len(r) == len(side.ids) else side.take(r) for side, r in ((student, s_rows), (teacher, t_rows)))  # no copy if nothing is left out
-    limit = limit or max(1, PIECE_BYTES.get(s.hidden.device.type, PIECE_BYTES['cpu']) // (4 * (s.width + rows * t.width)))
+    room = PIECE_BYTES.get(s.hidden.device.type, PIECE_BYTES['cpu']) // (4 if s.head.weight is None else 1)  # without a product to feed, less is as fast
+    limit = limit or max(1, room // (4 * (s.width + rows * t.width)))
     s_ends, t_ends = (np.maximum.accumulate(start + n) for start, n in ((a.student_start, a.student_len), (a.teacher_start, a.teacher_len)))
     bounds = piece_bounds(np.maximum(np.diff(s_ends, prepend=0), rows * np.diff(t_ends, prepend=0)), limit)
     spans = [(int(a.student_start[i:j].min()), int(s_ends[j - 1])) for i, j in bounds]

@@ -263,9 +263,11 @@ def plot_gradients(
     names, shared = [b.decode() or 'stop' for b in BREAD[0].bytes.table], {'Cat', 'stop'}
     pushes = [-gradient(loss, bread(text, same), **options)[1][row] for text, row, _ in places]
     for ax, push, (_, _, what) in zip(axes, pushes, places):
+        push = push.where(push.abs() > 1e-8, 0)
         ax.barh(names, push, color=['#2b6cb0' if same or n in shared else '#c05621' for n in names])
         ax.axvline(0, c='k', lw=.6); ax.set_title(what, fontsize=9); ax.invert_yaxis()
-        if not push.abs().max() > 1e-8: ax.text(.5, .5, 'nothing', transform=ax.transAxes, ha='center', c='.5')
+        if not push.any(): ax.text(.5, .5, 'nothing', transform=ax.transAxes, ha='center', c='.5')
+    if not any(p.abs().max() > 1e-8 for p in pushes): axes[0].set_xlim(-1, 1)
     axes[1].set_xlabel('push on the logit (blue: the teacher has this token, orange: it has not)')
     fig.suptitle(title, fontsize=11)
     return pushes

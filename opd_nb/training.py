@@ -27,7 +27,7 @@ from .alignment import align
 from .config import OPDConfig
 from .data import load_conversations, split
 from .health import health, text_figures
-from . import prefix_losses, scalar_losses  # so that their losses are registered
+from . import prefix_losses, scalar_losses, spelling_losses  # so that their losses are registered
 from .engine import get_loss, teacher_side
 from .models import LM, read
 from .rollouts import as_rollout, rollout
