@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from .gguf_teacher import installed
+from .gguf_file import installed
 from .models import LM
 from .tokens import components, spelling_of
 from .types import BadInput, unknown
