@@ -181,7 +181,7 @@ def load_model(
     if not model: raise BadInput('teacher', path.name, f"could not be loaded ({'; '.join(s for s in SAID if 'error' in s)[-300:]})", 'llama.cpp may be older than the model: pip install -U llama-cpp-python; or the file is incomplete.')
     return model
 
-# %% ../nbs/05_gguf_file.ipynb #c022
+# %% ../nbs/05_gguf_file.ipynb #c024
 class Reader:
     "A model file, ready to say what comes next."
     def __init__(self,
@@ -196,6 +196,7 @@ class Reader:
         params.n_gpu_layers = n_gpu_layers if n_gpu_layers >= 0 else 2**31 - 1
         self.model = load_model(path, params)
         self.n_ctx, self.width, self.past = min(n_ctx, C.llama_model_n_ctx_train(self.model)), C.llama_vocab_n_tokens(C.llama_model_get_vocab(self.model)), []
+        self.read = 0  # tokens that went through the model so far
         ctx.n_ctx, ctx.n_batch, ctx.n_ubatch = self.n_ctx, n_batch, n_batch
         ctx.n_threads = ctx.n_threads_batch = n_threads or torch.get_num_threads()
         ctx.type_k = ctx.type_v = C.GGML_TYPE_F32
@@ -219,5 +220,5 @@ class Reader:
             b.n_tokens = len(part)
             for i, t in enumerate(part): b.token[i], b.pos[i], b.n_seq_id[i], b.seq_id[i][0], b.logits[i] = t, start + i, 1, 0, start + i >= first
             if C.llama_decode(self.ctx, b): raise RuntimeError(f"llama.cpp could not read {len(ids)} tokens: {'; '.join(list(SAID)[-3:])}")
-            self.past = self.past + part
+            self.past, self.read = self.past + part, self.read + len(part)
             if n := max(0, start + len(part) - max(first, start)): yield np.ctypeslib.as_array(C.llama_get_logits(self.ctx), (n * self.width,)).reshape(n, self.width)
