@@ -145,7 +145,8 @@ def pieces(
     "The vocabulary as llama.cpp wants it: text and kind of every id."
     T, by_id, added = installed('gguf').TokenType, {i: p for p, i in tok.get_vocab().items()}, tok.added_tokens_decoder
     special = set(tok.all_special_ids) | {i for i, a in added.items() if a.special or (a.content.startswith('<|') and a.content.endswith('|>'))}
-    is_byte = lambda p: len(p) == 6 and p.startswith('<0x') and p.endswith('>') and spelling_of(tok.backend_tokenizer) == 'sentencepiece'
+    has_bytes = spelling_of(tok.backend_tokenizer) == 'sentencepiece'
+    is_byte = lambda p: has_bytes and len(p) == 6 and p.startswith('<0x') and p.endswith('>')
     texts, kinds = [], []
     for i in range(width):
         p = by_id.get(i, f'[PAD{i}]')

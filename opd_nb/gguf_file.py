@@ -132,9 +132,9 @@ class Vocabulary:
         self.family = 'sentencepiece' if kind == C.LLAMA_VOCAB_TYPE_SPM else 'byte_level'
         ids = range(C.llama_vocab_n_tokens(self.vocab))
         kinds = [C.llama_vocab_get_attr(self.vocab, i) for i in ids]
+        self.spells_all = self.family == 'byte_level' or sum(bool(k & C.LLAMA_TOKEN_ATTR_BYTE) for k in kinds) == 256
         self.special = [bool(k & (C.LLAMA_TOKEN_ATTR_CONTROL | C.LLAMA_TOKEN_ATTR_UNKNOWN | C.LLAMA_TOKEN_ATTR_UNUSED)) for k in kinds]
         self.table = [b'' if s else self.piece(i) for i, s in zip(ids, self.special)]
-        self.spells_all = self.family == 'byte_level' or sum(bool(k & C.LLAMA_TOKEN_ATTR_BYTE) for k in kinds) == 256
         self.marks = [self.piece(i).decode() for i, s in zip(ids, self.special) if s and self.piece(i)]
 
     def piece(self,
