@@ -152,7 +152,7 @@ class Vocabulary:
         ends: bool = False,     # with what the file puts around a text, such as BOS
     ) -> list:                  # token ids
         "A text in tokens. ValueError if a character has none."
-        if strange := self.unknown(text): raise ValueError(f"has {', '.join(map(repr, strange[:5]))}, which this vocabulary cannot spell")
+        if strange := self.unknown(text): raise ValueError(f"has {', '.join(repr(c.decode()) for c in strange[:5])}, which this vocabulary cannot spell")
         data = text.encode()
         ids = (ctypes.c_int32 * (len(data) + 8))()
         n = self.C.llama_tokenize(self.vocab, data, len(data), ids, len(ids), ends, special)
@@ -162,10 +162,10 @@ class Vocabulary:
     def unknown(self,
         text: str,
     ) -> list:
-        "Characters that no token spells."
+        "Characters that no token spells, as bytes."
         if self.spells_all: return []
         for mark in self.marks: text = text.replace(mark, '')
-        return sorted({c for c in text if c.encode() not in set(self.table)})
+        return sorted({c.encode() for c in text}.difference(self.table))
 
 # %% ../nbs/05_gguf_file.ipynb #c019
 def load_model(
@@ -195,7 +195,7 @@ class Reader:
         params, ctx = C.llama_model_default_params(), C.llama_context_default_params()
         params.n_gpu_layers = n_gpu_layers if n_gpu_layers >= 0 else 2**31 - 1
         self.model = load_model(path, params)
-        self.n_ctx, self.width, self.past = min(n_ctx, C.llama_model_n_ctx_train(self.model)), C.llama_vocab_n_tokens(C.llama_model_get_vocab(self.model)), []
+        self.n_ctx, self.width, self.past = min(n_ctx, C.llama_model_n_ctx_train(self.model) or n_ctx), C.llama_vocab_n_tokens(C.llama_model_get_vocab(self.model)), []
         self.read = 0  # tokens that went through the model so far
         ctx.n_ctx, ctx.n_batch, ctx.n_ubatch = self.n_ctx, n_batch, n_batch
         ctx.n_threads = ctx.n_threads_batch = n_threads or torch.get_num_threads()

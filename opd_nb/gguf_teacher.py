@@ -55,7 +55,8 @@ class FileCodec(ChatCodec):
         path: Path,                     # the file
         arguments: dict | None = None,  # of the chat template
     ):
-        v, middle = Vocabulary(path), Vocabulary(path, middle=True)
+        v = Vocabulary(path)
+        middle = Vocabulary(path, middle=True) if v.family == 'sentencepiece' else v
         def encode(text, add_special_tokens=False):
             ids = middle.cut(text)
             if b''.join(map(middle.table.__getitem__, ids)) != text.encode(): raise ValueError('is not what its tokens spell')

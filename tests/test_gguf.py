@@ -73,7 +73,7 @@ def texts():
     rng, out = random.Random(0), ['Make 31 from 3 7 10.', ' Hello', 'Hello  world', '\n\nfoo 12345 bar', 'def f(x):\n    return x\n', "I'm sure we'll've", '你好 мир 😀 naïve']
     for f in ('blns.json', 'emoji17_strings.txt', 'utf8tests.txt'):
         lines = real('text', f).read_text(encoding='utf-8', errors='replace').splitlines()
-        out += rng.sample(lines, min(len(lines), 300))
+        out += rng.sample(lines, min(len(lines), 200))
     return out
 
 
@@ -91,7 +91,7 @@ def test_llama_cpp_computes_what_transformers_computes(name, tmp_path):
     assert theirs.std(0).mean() > .1, 'a model that says the same everywhere would prove nothing'
 
 
-@pytest.mark.parametrize('name', SHAPES)
+@pytest.mark.parametrize('name', ['llama', 'llama-sentencepiece', 'mistral', 'qwen2'])  # one of each tokenizer
 def test_texts_are_cut_as_the_tokenizer_cuts_them(name, made):
     "At the beginning of a text, with what is put there, and in the middle of one."
     folder, file, codec = made(name)
@@ -104,7 +104,7 @@ def test_texts_are_cut_as_the_tokenizer_cuts_them(name, made):
         assert ids == theirs and (mine == ends).all(), x
 
 
-@pytest.mark.parametrize('name', SHAPES)
+@pytest.mark.parametrize('name', ['llama', 'llama-sentencepiece', 'mistral', 'qwen2'])
 def test_vocabularies_are_the_same(name, made):
     _, file, codec = made(name)
     mine = FileCodec(file)
