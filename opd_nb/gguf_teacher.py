@@ -10,6 +10,7 @@ import types
 from pathlib import Path
 
 import torch
+from jinja2.exceptions import TemplateError
 
 from .config import OPDConfig
 from .gguf_file import Reader, Vocabulary, find_file, piece_of
@@ -63,7 +64,8 @@ class FileCodec(ChatCodec):
             return types.SimpleNamespace(ids=ids, offsets=None)
         self.tok = FileTokenizer(v, arguments)
         self.bytes = TokenBytes(v.table, v.special, v.family, types.SimpleNamespace(encode=encode))
-        lead, end = turn_of(self.tok) if self.tok.chat_template else ('', None)
+        try: lead, end = turn_of(self.tok) if self.tok.chat_template else ('', None)
+        except TemplateError as e: raise BadInput('teacher', path.name, f'has a chat template that fails ({e})', 'Choose a file that was converted with its template.') from None
         self.lead = lead.encode()
         self.stop_ids = tuple(dict.fromkeys(i for i in (end, self.tok.eos_token_id, self.tok.eot_token_id) if i is not None))
         if not self.stop_ids: raise BadInput('teacher', path.name, 'must have an end: EOS or a chat template that ends a turn', 'Choose a file that was converted with its tokenizer.')
@@ -108,7 +110,7 @@ def lay_out(
     "A record in the file's tokens, or what is wrong with it."
     shown = completion[0].decode(errors='replace')
     try: prompt, (ids, ends) = codec.prompt(conversation.prompt), codec.write(*completion)
-    except ValueError as e: return BadInput(f'record {i}', shown, str(e), 'Leave the record out, or take a teacher whose vocabulary has bytes.')
+    except (ValueError, TemplateError) as e: return BadInput(f'record {i}', shown, str(e), 'Leave the record out, or take a teacher that can read it: a vocabulary with bytes spells every character.')
     if not prompt: return BadInput(f'record {i}', conversation.prompt, 'has a prompt without a token, so nothing predicts the first of the answer', 'Give it a prompt.')
     if len(prompt) + len(ids) <= n_ctx: return prompt, list(ids), ends
     return BadInput(f'record {i}', shown, f'has {len(prompt)} + {len(ids)} tokens, but the context holds {n_ctx}', 'Raise TEACHER_N_CTX if the model was trained for more; else lower MAX_NEW_TOKENS, or leave the record out.')
