@@ -123,7 +123,7 @@ def load_model(
     if magic != b'GGUF': raise BadInput('teacher', path.name, 'is no GGUF file', 'A Git LFS pointer or a broken download looks like that; fetch the file again.')
     SAID.clear()
     model = C.llama_model_load_from_file(str(path).encode(), params or C.llama_model_default_params())
-    if not model: raise BadInput('teacher', path.name, f"could not be loaded ({'; '.join(s for s in SAID if 'error' in s)[-300:]})", 'The file is incomplete, or newer than llama.cpp: pip install -U llama-cpp-python.')
+    if not model: raise BadInput('teacher', path.name, f"could not be loaded ({'; '.join([*SAID][:-1][-3:])})".replace(str(path), path.name), 'The file is incomplete, or newer than llama.cpp: pip install -U llama-cpp-python.')
     return model
 
 # %% ../nbs/05_gguf_file.ipynb #c021

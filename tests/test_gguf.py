@@ -188,7 +188,7 @@ def test_files_equal_the_official_converters(name, kind, made, converter, tmp_pa
 
 @slow
 def test_training_under_a_file_is_training_under_its_folder(tmp_path):
-    "A hundred steps on the embedded pair: the same losses at first, and at the end the same accuracy within noise, above where it began."
+    "A hundred steps on the embedded pair: the same losses at first; at the end the same accuracy within noise, and a loss well below where it began."
     from opd_nb import countdown
     from opd_nb.config import OPDConfig
     from opd_nb.data import save_conversations
@@ -202,6 +202,8 @@ def test_training_under_a_file_is_training_under_its_folder(tmp_path):
                         learning_rate=2e-3, eval_every=100, save_every=100, warmup_steps=20, device='cpu'), progress=False)
         losses[kind] = [e['loss'] for e in read_log(tmp_path / kind) if e['event'] == 'step']
         solved[kind] = share(LM.load(str(tmp_path / kind / 'final'), device='cpu'))
-    print(solved)
+    first, last = ({k: np.mean(v[part]) for k, v in losses.items()} for part in (slice(0, 10), slice(-10, None)))
+    print(solved, first, last)
     assert losses['file'][:5] == pytest.approx(losses['folder'][:5], rel=1e-3)
-    assert abs(solved['folder'] - solved['file']) < .07 and min(solved['folder'], solved['file']) > solved['untouched'] + .02, solved
+    assert abs(solved['folder'] - solved['file']) < .07, solved
+    assert all(last[k] < .9 * first[k] for k in losses) and last['file'] == pytest.approx(last['folder'], rel=.1), (first, last)
