@@ -23,7 +23,7 @@ $(VENV)/.base: settings.ini setup.py constraints.txt | $(BIN)/python
 	@$(PIP) -e . && touch $@
 
 $(VENV)/.dev: $(VENV)/.base
-	@echo "Installing what the tests and JupyterLab need"
+	@echo "Installing what the tests and JupyterLab need (the first time llama.cpp is compiled, 5 to 10 minutes on two cores; pip keeps the result)"
 	@$(PIP) -e '.[dev]' && touch $@
 
 demo: $(VENV)/.base  ## distil across tokenizers, offline, and show the rise
