@@ -110,6 +110,18 @@ class Endpoint:
                 if isinstance(o, kind) and not isinstance(o, Refused): raise o
         return out
 
+    def entry(self) -> dict:
+        "What the server's list of models says of this one, or of its first if none was named; {} where it has no list."
+        key = question_key(self.url, '/models', dict(model=self.model))
+        if (kept := self.cache.get(key)) is not None: return kept
+        async def listed():
+            try: return (await self.client.with_options(max_retries=1).get('/models', cast_to=object) or {}).get('data') or []
+            except (openai.APIError, json.JSONDecodeError, AttributeError): return []
+        found, = self.run([listed()])
+        mine = next((m for m in found if not self.model or m.get('id') == self.model), {})
+        self.cache.put(key, self.model, mine)
+        return mine
+
     async def ask(self,
         question: Question,
         read=lambda answer: answer,  # makes something of the answer, or raises `Malformed`

@@ -100,7 +100,7 @@ class Meter:
 # %% ../nbs/05_spending.ipynb #c019
 @dataclass(frozen=True)
 class Estimate:
-    "What something will cost. Answers that are kept already cost nothing and are not counted."
+    "What something will cost at most; answers that are kept already cost nothing."
     requests: int
     tokens_in: int
     tokens_out: int
