@@ -80,8 +80,9 @@ class Endpoint:
         if parts.scheme not in ('http', 'https') or not parts.hostname: raise BadInput('teacher', url, 'must have an address', 'Write api:http://127.0.0.1:8000/v1#model.')
         self.url = url.rstrip('/') if parts.path.strip('/') else url.rstrip('/') + '/v1'
         self.root, self.model, self.key, self.extra = self.url.removesuffix('/v1'), model, key, extra or {}
-        self.who = f"{model or 'the server'} at {parts.hostname}" + (f':{parts.port}' if parts.port else '')
-        self.cache, self.retries, self.gone = cache or Answers(), retries, None
+        short = model.rsplit('/', 1)[-1] if model.startswith('/') else model or 'the server'  # some servers call a model by its path
+        self.who = f'{short} at {parts.hostname}' + (f':{parts.port}' if parts.port else '')
+        self.cache, self.retries, self.gone = Answers() if cache is None else cache, retries, None
         self.meter = Meter(self.who, price_of(self.url, model, price), limit)
         self.client = openai.AsyncOpenAI(api_key=key or 'none', base_url=self.url, timeout=timeout, max_retries=retries, default_headers=headers)
         self.slots, self.rate, self.under_way = asyncio.Semaphore(concurrency), AsyncLimiter(per_minute, 60) if per_minute else None, {}
@@ -102,7 +103,7 @@ class Endpoint:
         with tqdm(total=len(work), desc=label, delay=2, disable=label is None) as bar:
             async def one(w):
                 try: return await w
-                finally: bar.update(); bar.set_postfix_str(str(self.meter))
+                finally: bar.update(); bar.set_postfix_str(str(self.meter), refresh=False)
             out = await asyncio.gather(*map(one, work), return_exceptions=True)
         out = [self._end(200, str(o)) if isinstance(o, Malformed) else o for o in out]
         for kind in (TeacherGone, BaseException):

@@ -53,7 +53,7 @@ def http_server(handler):
 
 
 @contextlib.contextmanager
-def contract_server(spec, can=('prompt_logprobs', 'sglang', 'echo', 'ids', 'chat', 'prefill'), shift=0, most=20):
+def contract_server(spec, can=('prompt_logprobs', 'sglang', 'echo', 'ids', 'chat', 'prefill'), shift=0, most=20, listing=None):
     "A model that speaks the contracts of servers that are not here, with its own true numbers; `shift` makes them wrong by so many rows."
     import torch
     from opd_nb.models import LM
@@ -75,7 +75,7 @@ def contract_server(spec, can=('prompt_logprobs', 'sglang', 'echo', 'ids', 'chat
         return out
 
     class Serve(Handler):
-        def do_GET(self): self.send(200, dict(data=[dict(id='teacher', root=lm.path)]))
+        def do_GET(self): self.send(200, dict(data=[listing or dict(id='teacher', root=lm.path)]))
         def do_POST(self):
             body = json.loads(self.body()); seen.append((self.path, body))
             code, answer = getattr(self, self.path.strip('/').replace('/', '_').replace('v1_', ''), lambda b: (404, dict(error=dict(message='no such path'))))(body)
@@ -115,3 +115,40 @@ def contract_server(spec, can=('prompt_logprobs', 'sglang', 'echo', 'ids', 'chat
             return 200, dict(choices=[dict(index=0, message=dict(role='assistant', content=data.decode(errors='replace')), finish_reason='stop' if stopped else 'length', logprobs=told)], usage=dict(prompt_tokens=len(ids), completion_tokens=len(out)))
 
     with http_server(Serve) as url: yield url + '/v1'
+
+
+@contextlib.contextmanager
+def fault_proxy(url, faults=()):
+    "A proxy before a real server. Each POST takes the next of `faults`, then all pass. Gives its address, the faults still to come and the requests seen."
+    import socket, struct, time, urllib.error, urllib.request
+    root, faults, seen = url.removesuffix('/v1'), list(faults), []
+
+    class Proxy(Handler):
+        def forward(self, body=None):
+            headers = {k: v for k, v in self.headers.items() if k.lower() in ('content-type', 'authorization')}
+            try:
+                with urllib.request.urlopen(urllib.request.Request(root + self.path, body, headers), timeout=60) as r: return r.status, r.read()
+            except urllib.error.HTTPError as e: return e.code, e.read()
+        def do_GET(self): self.send(*self.forward())
+        def do_POST(self):
+            body = self.body(); seen.append((self.path, {k.lower(): v for k, v in self.headers.items()}, json.loads(body)))
+            fault = faults.pop(0) if faults else None
+            quoted = f"{self.headers.get('Authorization')} {body.decode()}"
+            if fault == 'busy': return self.send(429, dict(error=dict(message='slow down')), Retry_After=.1)
+            if fault == 'broken': return self.send(500, dict(error=dict(message='oops')))
+            if fault == 'expired': return self.send(401, dict(error=dict(message=f'this key has expired: {quoted}')))
+            if fault == 'no model': return self.send(404, dict(error=dict(message='the model does not exist')))
+            if fault == 'too long': return self.send(400, dict(error=dict(message='longer than the context')))
+            if fault == 'hang': time.sleep(1.5); self.close_connection = True; return
+            if fault == 'reset':
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0)); self.close_connection = True
+                self.connection.close(); return
+            code, answer = self.forward(body)
+            if fault == 'cut': answer = answer[:len(answer) // 2]
+            if fault == 'short': answer = json.dumps(json.loads(answer)[:-1]).encode() if answer[:1] == b'[' else b'{}'
+            if fault == 'slow': time.sleep(.3)
+            self.send(code, answer)
+        def finish(self):
+            with contextlib.suppress(OSError): super().finish()
+
+    with http_server(Proxy) as here: yield here + '/v1', faults, seen
