@@ -47,11 +47,12 @@ class Names:
         return next((d[k] for d, k in ((self.special, entry), (self.bytes, entry.encode()), (self.pieces, entry)) if k in d), None)
 
     def same(self,
-        a: int,      # token id
-        b: int,      # token id
+        a: int,      # token id that a text was taken for
+        b: int,      # token id that was sent
     ) -> bool:
-        "Whether two tokens are the same bytes, so that a text names either."
-        return self.table[a] == self.table[b]
+        "Whether the text of one may name the other: their bytes are the same, or half a letter."
+        whole = self.table[b].decode(errors='replace')
+        return self.table[a] == self.table[b] or '�' in whole  # the text of half a letter is anybody's guess
 
     def rows(self,
         entries: list,  # of one position: {'token' and so on, 'logprob'}
@@ -69,7 +70,11 @@ class PromptLogprobs:
     "vLLM: `prompt_logprobs` on /v1/completions."
     name = 'prompt_logprobs'
 
-    def cost(self, P: int, T: int) -> tuple: return 1, P + T, 1
+    def cost(self,
+        P: int,   # tokens in the prompt
+        T: int,   # tokens in the completion
+    ) -> tuple:   # requests, tokens read, tokens written
+        return 1, P + T, 1
 
     async def rows(self,
         ask,           # `Endpoint.ask`, or something that counts instead
@@ -88,14 +93,24 @@ class PromptLogprobs:
             return Rows([r[str(i)]['logprob'] if r else math.nan for i, r in zip(ids, rows)], top)
         return await ask(Question('/completions', dict(prompt=[*prompt, *ids], max_tokens=1, temperature=0, prompt_logprobs=k), len(prompt) + len(ids)), read)
 
-# %% ../nbs/05_endpoints.ipynb #c014
+# %% ../nbs/05_endpoints.ipynb #c016
 class SGLang:
     "SGLang: `return_logprob` on /generate."
     name = 'sglang'
 
-    def cost(self, P: int, T: int) -> tuple: return 1, P + T, 1
+    def cost(self,
+        P: int,   # tokens in the prompt
+        T: int,   # tokens in the completion
+    ) -> tuple:   # requests, tokens read, tokens written
+        return 1, P + T, 1
 
-    async def rows(self, ask, names, prompt, ids, k) -> Rows:
+    async def rows(self,
+        ask,           # as for `PromptLogprobs`, like the others
+        names: Names,
+        prompt: list,  # [P]
+        ids: list,     # [T]
+        k: int,
+    ) -> Rows:
         def read(answer):
             found = answer.get('meta_info', {}).get('input_token_logprobs')
             need(found is not None, 'no input_token_logprobs: the parameter was ignored')
@@ -106,14 +121,24 @@ class SGLang:
         body = dict(input_ids=[*prompt, *ids], sampling_params=dict(max_new_tokens=1, temperature=0), return_logprob=True, logprob_start_len=max(len(prompt) - 1, 0), top_logprobs_num=k)
         return await ask(Question('/generate', body, len(prompt) + len(ids), root=True), read)
 
-# %% ../nbs/05_endpoints.ipynb #c016
+# %% ../nbs/05_endpoints.ipynb #c019
 class LlamaCpp:
     "llama.cpp's server: one token after every prefix, on /completion."
     name, piece = 'llama_cpp', 64  # prefixes in one request
 
-    def cost(self, P: int, T: int) -> tuple: return -(-T // self.piece), T * P + T * (T - 1) // 2, T
+    def cost(self,
+        P: int,   # tokens in the prompt
+        T: int,   # tokens in the completion
+    ) -> tuple:   # requests, tokens read, tokens written
+        return -(-T // self.piece), T * P + T * (T - 1) // 2, T
 
-    async def rows(self, ask, names, prompt, ids, k) -> Rows:
+    async def rows(self,
+        ask,           # as for `PromptLogprobs`, like the others
+        names: Names,
+        prompt: list,  # [P]
+        ids: list,     # [T]
+        k: int,
+    ) -> Rows:
         prefixes, printable = [[*prompt, *ids[:t]] for t in range(len(ids))], next(i for b, i in names.bytes.items() if len(b) == 1 and chr(b[0]).isalpha() and b[0] < 128)
         said = [r for at in range(0, len(ids), self.piece) for r in await self.after(ask, prefixes[at:at + self.piece], printable, max(k, 1))]
         rows = Rows([top.get(i, math.nan) for i, (_, top) in zip(ids, said)], [top if k else {} for _, top in said])
@@ -146,7 +171,7 @@ class LlamaCpp:
                     response_fields=['index', 'completion_probabilities', 'tokens_evaluated', 'tokens_predicted'])
         return await ask(Question('/completion', body, sum(map(len, prefixes)), len(prefixes), root=True), read)
 
-# %% ../nbs/05_endpoints.ipynb #c018
+# %% ../nbs/05_endpoints.ipynb #c022
 class Echo:
     "`echo` with `logprobs` on /v1/completions."
     name = 'echo'
@@ -155,9 +180,19 @@ class Echo:
         codec: ChatCodec | None = None,  # given to a server that takes text only
     ): self.codec = codec
 
-    def cost(self, P: int, T: int) -> tuple: return 1, P + T, 1
+    def cost(self,
+        P: int,   # tokens in the prompt
+        T: int,   # tokens in the completion
+    ) -> tuple:   # requests, tokens read, tokens written
+        return 1, P + T, 1
 
-    async def rows(self, ask, names, prompt, ids, k) -> Rows:
+    async def rows(self,
+        ask,           # as for `PromptLogprobs`, like the others
+        names: Names,
+        prompt: list,  # [P]
+        ids: list,     # [T]
+        k: int,
+    ) -> Rows:
         P, both = len(prompt), [*prompt, *ids]
         def read(answer):
             found = answer['choices'][0].get('logprobs') or {}
@@ -165,8 +200,8 @@ class Echo:
             need(tokens and own, 'no token_logprobs: echo was ignored')
             need(len(both) <= len(tokens) <= len(both) + 1, f'{len(tokens)} positions for {len(both)}')
             means = [(names.id(t), i) for t, i in zip(tokens[P:], ids)]
-            need(all(n is None or n == i or names.same(n, i) for n, i in means), 'other tokens than those that were sent')
-            top = [names.rows([dict(token=t, logprob=lp) for t, lp in (row or {}).items()]) for row in (found.get('top_logprobs') or [None] * len(tokens))[P:len(both)]]
-            return Rows([math.nan if lp is None else lp for lp in own[P:len(both)]], top if k else [{} for _ in ids])
+            need(all(n is None or names.same(n, i) for n, i in means), 'other tokens than those that were sent')
+            rows = [sorted((row or {}).items(), key=lambda x: -x[1])[:k] for row in (found.get('top_logprobs') or [None] * len(tokens))[P:len(both)]]  # some add the one that stood there
+            return Rows([math.nan if lp is None else lp for lp in own[P:len(both)]], [names.rows([dict(token=t, logprob=lp) for t, lp in row]) for row in rows])
         text = self.codec.tok.decode(both, skip_special_tokens=False, clean_up_tokenization_spaces=False) if self.codec else both
         return await ask(Question('/completions', dict(prompt=text, max_tokens=1, temperature=0, echo=True, logprobs=k), len(both)), read)

@@ -31,6 +31,23 @@ def served(spec):
         with llama_server(export_gguf(spec, Path(d) / 'model.gguf', 'f32')) as (url, process): yield url, process
 
 
+@contextlib.contextmanager
+def command_server(*words, patience=180, **env):
+    "A server started by a command that has `{port}` in it, once it answers. Gives its address."
+    import os, socket, time, urllib.error, urllib.request
+    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
+    process = subprocess.Popen([w.format(port=port) for w in words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | env, start_new_session=True)
+    try:
+        for _ in range(patience * 2):
+            time.sleep(.5)
+            assert process.poll() is None, f'{words[:3]} ended with {process.returncode}'
+            try: urllib.request.urlopen(f'http://127.0.0.1:{port}/v1/models', timeout=5).read(); break
+            except urllib.error.HTTPError: break  # it answers, if only with an error
+            except OSError: pass
+        yield f'http://127.0.0.1:{port}/v1'
+    finally: process.kill(); process.wait()
+
+
 class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = 'HTTP/1.1'
     def log_message(self, *a): pass

@@ -1,5 +1,6 @@
 "Teachers behind an address, before real servers and through everything that can go wrong on the way."
 import os, signal, subprocess, sys, textwrap, time
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from opd_nb.config import OPDConfig
 from opd_nb.spending import SpendingCap, TeacherGone
 from opd_nb.teachers import load_teacher
 from opd_nb.types import BadInput, Conversation
-from servers import contract_server, fault_proxy, llama_server, served
+from servers import command_server, contract_server, fault_proxy, llama_server, served
 
 pytest.importorskip('xllamacpp', reason="llama.cpp's server comes with the dev requirements")
 KEY = 'sk-planted-4f1c9e'
@@ -244,3 +245,32 @@ def test_openrouter_preset(here, tmp_path, monkeypatch):
 def test_tokenizer_of_another_model_is_refused(llama, tmp_path):
     other = load_teacher('tiny:student-bpe')
     with pytest.raises(BadInput, match='teacher_tokenizer'): load_teacher(f'api:{llama}', config(other, tmp_path / 'a'))
+
+
+@slow
+def test_llama_cpp_python_echoes_the_wrong_rows(here, tmp_path):
+    pytest.importorskip('llama_cpp.server.app', reason='pip install llama-cpp-python[server]')
+    from opd_nb.gguf_export import export_gguf
+    gguf = export_gguf('tiny:teacher', tmp_path / 'm.gguf', 'f32')
+    with command_server(sys.executable, '-m', 'llama_cpp.server', '--model', str(gguf), '--port', '{port}', '--n_ctx', '512', '--logits_all', 'true', '--type_k', '0', '--type_v', '0', '--verbose', 'false') as url:
+        with pytest.raises(BadInput, match='off by one: row t is of token t\\+1'): load_teacher(f'api:{url}', config(here, tmp_path / 'a', teacher_timeout=20, teacher_retries=0))
+
+
+@slow
+def test_transformers_serve_ignores_what_it_accepts(here, tmp_path):
+    pytest.importorskip('uvicorn', reason='pip install transformers[serving]')
+    folder, command = here.lm.path, str(Path(sys.executable).with_name('transformers'))
+    with command_server(command, 'serve', folder, '--port', '{port}', '--host', '127.0.0.1', '--device', 'cpu', '--dtype', 'float32') as url:
+        with pytest.raises(BadInput) as e: load_teacher(f'api:{url}#{folder}', config(here, tmp_path / 'a', teacher_timeout=60, teacher_retries=0))
+    for sentence in ('no logprobs of the tokens it writes', 'it accepts logprobs and lists none', 'starts another'): assert sentence in str(e.value)
+
+
+@slow
+def test_vllm_gives_the_same_numbers(here, records, tmp_path):
+    "The real contract. OPD_VLLM_PYTHON is the interpreter of an environment that has vLLM."
+    python = os.environ.get('OPD_VLLM_PYTHON') or pytest.skip('OPD_VLLM_PYTHON names no environment with vLLM')
+    with command_server(python, '-m', 'vllm.entrypoints.openai.api_server', '--model', here.lm.path, '--port', '{port}', '--host', '127.0.0.1', '--dtype', 'float32', '--max-model-len', '512',
+                        '--max-logprobs', '-1', '--enforce-eager', '--distributed-executor-backend', 'uni', patience=400, HF_HUB_OFFLINE='1', VLLM_NO_USAGE_STATS='1', VLLM_CPU_KVCACHE_SPACE='1', TORCHDYNAMO_DISABLE='1', VLLM_ENABLE_V1_MULTIPROCESSING='0') as url:
+        teacher = load_teacher(f'api:{url}', config(here, tmp_path / 'a', teacher_timeout=60))
+        assert teacher.finding.mode == 'prompt_logprobs' and teacher.capabilities.kind == 'sparse'
+        assert close_to(teacher.score(*records), here.score(*records)) < 1e-4
