@@ -89,7 +89,7 @@ class Wire:
 
     def gone_for(self, code: int, why: str) -> TeacherGone:
         "The exception for an end, with what to do about it."
-        tries = '' if code in (401, 402, 403, 404) else f' after {self.retries + 1} tries'
+        tries = '' if code in (401, 402, 403, 404) or not self.retries else f' after {self.retries + 1} tries'
         return TeacherGone(self.who, f'does not answer{tries} ({why})', REMEDIES.get(code, 'See that it runs, then resume.'))
 
     async def send(self,

@@ -31,12 +31,12 @@ class Finding:
 
     def __str__(self): return f"{self.mode}: {'yes' if self.faithful else 'no'}, {self.why}"
 
-# %% ../nbs/05_probe.ipynb #c007
+# %% ../nbs/05_probe.ipynb #c008
 KNOWN = 'The sum is 17+14=31, she said; then nothing happened, 24 times.'  # surprising, and plain letters
 ASKED = [dict(role='user', content='Write the numbers from one to twenty in words.')]
 PLACES, NEAR = (.2, .45, .7, .95), .15  # where the known text is compared; nats by which the middle difference may miss, for half precision and batching
 
-# %% ../nbs/05_probe.ipynb #c009
+# %% ../nbs/05_probe.ipynb #c010
 def first_listed(
     answer,       # of /completions with logprobs, in the form of OpenAI's or of llama.cpp's
     names: Names,
@@ -48,7 +48,7 @@ def first_listed(
     if not top: raise Malformed('no logprobs of the tokens it writes')
     return names.rows([dict(token=t, logprob=lp) for t, lp in top.items()])
 
-# %% ../nbs/05_probe.ipynb #c011
+# %% ../nbs/05_probe.ipynb #c012
 def apart(
     expected: dict,  # id -> nats, of the endpoint's next tokens
     row: dict,       # id -> nats, of the way that is tried
@@ -57,7 +57,7 @@ def apart(
     both = [abs(expected[i] - row[i]) for i in expected if i in row]
     return sorted(both)[len(both) // 2] if len(both) * 2 >= min(len(expected), len(row)) > 0 else float('inf')
 
-# %% ../nbs/05_probe.ipynb #c014
+# %% ../nbs/05_probe.ipynb #c015
 class Probe:
     "Tries the ways of asking one endpoint."
     def __init__(self,
@@ -116,9 +116,9 @@ class Probe:
         if used in (None, 0, mine, mine + 1) and all(e['id'] < len(self.codec.bytes) and bytes(e['bytes']) == self.codec.bytes.table[e['id']] for e in named): return
         raise BadInput('teacher_tokenizer', Path(self.codec.tok.name_or_path).name, f'is not the tokenizer of {self.endpoint.who}, which cuts the same text differently', 'Set TEACHER_TOKENIZER to the folder or Hub id of the model that is served.')
 
-# %% ../nbs/05_probe.ipynb #c016
+# %% ../nbs/05_probe.ipynb #c017
 def try_exact(
-    probe: Probe,
+    probe: Probe,     # of the endpoint
     way,              # a contract of `endpoints`
     variant: int = 0, # kept with the finding
 ) -> Finding:
@@ -135,9 +135,9 @@ def try_exact(
     shifted = next((s for s in (1, -1) if off[s] <= NEAR), None)
     return no(f"its rows are off by one: row t is of token t{-shifted:+d}" if shifted else f"its rows are not the endpoint's own next tokens ({off[0]:.2f} nats apart)")
 
-# %% ../nbs/05_probe.ipynb #c019
+# %% ../nbs/05_probe.ipynb #c020
 def try_walk(
-    probe: Probe,
+    probe: Probe,  # of the endpoint
 ) -> Finding:
     "Try whether the chat route goes on from a begun answer and lists what it could say."
     no = lambda why: Finding('prefix_walk', False, why)
@@ -157,9 +157,9 @@ def try_walk(
         if max(off) <= NEAR: return Finding('prefix_walk', True, f'it goes on from a begun answer as it did when it wrote it ({len(cuts)} places, within {max(*off, 1e-4):.4f}), {max(map(len, listed))} listed', min(probe.k, max(map(len, listed))), prefill)
     return no('it does not go on from a begun answer but starts another')
 
-# %% ../nbs/05_probe.ipynb #c022
+# %% ../nbs/05_probe.ipynb #c023
 def try_continuation(
-    probe: Probe,
+    probe: Probe,  # of the endpoint
 ) -> Finding:
     "Try whether the chat route goes on from a begun answer, by its text alone."
     no = lambda why: Finding('continuation', False, why)
@@ -175,9 +175,9 @@ def try_continuation(
         if len(rest) >= 4 and rest[:8] == due[:min(8, len(rest))]: return Finding('continuation', True, 'it goes on from a begun answer with the words it wrote before', 0, prefill)
     return no('it does not go on from a begun answer but starts another')
 
-# %% ../nbs/05_probe.ipynb #c024
+# %% ../nbs/05_probe.ipynb #c026
 def try_sequence(
-    probe: Probe,
+    probe: Probe,  # of the endpoint
 ) -> Finding:
     "Try whether it can mark: right answers over wrong ones, on three plain tasks."
     pairs = [('What is 17 + 25?', '42', '36'), ('Name the capital of France.', 'Paris', 'I like trains.'), ('Write the word "stop" backwards.', 'pots', 'stop')]
@@ -188,16 +188,16 @@ def try_sequence(
     better = sum(r > w for r, w in mark)
     return Finding('sequence', better == len(pairs), f'it marks the right answer higher in {better} of {len(pairs)} plain tasks')
 
-# %% ../nbs/05_probe.ipynb #c025
+# %% ../nbs/05_probe.ipynb #c029
 def tries(
-    probe: Probe,
+    probe: Probe,   # of the endpoint
 ):                  # yields a `Finding` when it is asked for the next
     "All ways, best first."
     for way in (PromptLogprobs(), SGLang(), LlamaCpp(), Echo()): yield try_exact(probe, way)
     if probe.codec: yield try_exact(probe, Echo(probe.codec), 1)
     for one in (try_walk, try_continuation, try_sequence): yield one(probe)
 
-# %% ../nbs/05_probe.ipynb #c027
+# %% ../nbs/05_probe.ipynb #c031
 def findings(
     endpoint: Endpoint,
     codec: ChatCodec | None,  # the teacher's tokenizer
@@ -218,7 +218,7 @@ def findings(
     endpoint.cache.put(key, endpoint.model, [asdict(f) for f in found])
     return found
 
-# %% ../nbs/05_probe.ipynb #c028
+# %% ../nbs/05_probe.ipynb #c032
 def choose(
     found: list,    # see `findings`
     mode: str,      # 'auto', or the one that was named

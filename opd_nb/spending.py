@@ -110,5 +110,5 @@ class Estimate:
     def dollars(self) -> float | None: return self.price(self.tokens_in, self.tokens_out) if self.price else None
 
     def __str__(self):
-        cost = 'price unknown' if self.price is None else f'${self.dollars:.4f}'
+        cost = 'price unknown' if self.price is None else f'${self.dollars:.4f}' if self.dollars >= .01 else f'${self.dollars:.6f}'
         return f'{cost} for {self.requests} requests that read {self.tokens_in:,} tokens and write {self.tokens_out:,}'

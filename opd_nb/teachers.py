@@ -172,7 +172,7 @@ def tiny_teacher(
     "An embedded model as teacher."
     return HFTeacher(LM.load(f'tiny:{name}', 'teacher', config.teacher_dtype, config.device), config.micro_batch)
 
-# %% ../nbs/05_teachers.ipynb #c030
+# %% ../nbs/05_teachers.ipynb #c032
 def measure(
     teacher,         # see `load_teacher`
     conversation,    # a `Conversation`; its reference is scored, or else the teacher's own answer
@@ -188,7 +188,7 @@ def measure(
     else: cost = dict(requests=0, tokens=len(teacher.codec.prompt(conversation.prompt)) + len(signal.ids), dollars=0.0)  # it runs here
     return dict(seconds=seconds, positions=len(signal.ids), bytes=len(completion[0])) | cost
 
-# %% ../nbs/05_teachers.ipynb #c031
+# %% ../nbs/05_teachers.ipynb #c033
 def describe(
     teacher,    # see `load_teacher`
 ) -> dict:      # short sentences, by topic, in the order to print them
@@ -199,7 +199,7 @@ def describe(
     vocabulary = f'{len(teacher.codec.bytes)} tokens, {teacher.codec.bytes.family}, from {can.tokenizer}' if teacher.codec else 'none here'
     return dict(scores=says[can.kind], mode=can.mode or 'in this process', tokenizer=vocabulary, writes='yes' if can.generates else 'no', losses=', '.join(can.losses)) | (getattr(teacher, 'notes', None) or {})
 
-# %% ../nbs/05_teachers.ipynb #c036
+# %% ../nbs/05_teachers.ipynb #c038
 class Several:
     "Several teachers, one for each conversation."
     def __init__(self,
@@ -233,13 +233,21 @@ class Several:
         mine = [self.of(c) for c in conversations]
         return [(t, [i for i, m in enumerate(mine) if m == n]) for n, t in enumerate(self.teachers) if n in mine]
 
-    def score(self, conversations: list, completions: list) -> list:
+    def score(self,
+        conversations: list,  # as for any teacher
+        completions: list,
+    ) -> list:
+        "Each conversation's signal, from its own teacher."
         out = [None] * len(conversations)
         for teacher, rows in self.split(conversations):
             for i, signal in zip(rows, teacher.score([conversations[i] for i in rows], [completions[i] for i in rows])): out[i] = signal
         return out
 
-    def generate(self, conversations: list, max_new_tokens: int = 128) -> list:
+    def generate(self,
+        conversations: list,       # as for any teacher
+        max_new_tokens: int = 128,
+    ) -> list:
+        "Each conversation's answer, from its own teacher."
         out = [None] * len(conversations)
         for teacher, rows in self.split(conversations):
             for i, text in zip(rows, teacher.generate([conversations[i] for i in rows], max_new_tokens)): out[i] = text
