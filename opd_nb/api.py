@@ -153,7 +153,8 @@ class APITeacher:
         self.told = True
         out = self.endpoint.run([opinion(self, c, *x) for c, x in zip(conversations, completions)], 'teacher')
         no = [o for o in out if isinstance(o, Refused)]
-        if no and len(no) == len(out): raise TeacherGone(self.endpoint.who, f'refuses every completion ({no[0]})', 'See what it says; shorter prompts or a smaller MAX_NEW_TOKENS may be needed.')
+        if no and len(no) == len(out):
+            raise TeacherGone(self.endpoint.who, f'refuses every completion ({no[0]})', 'See what it says; shorter prompts or a smaller MAX_NEW_TOKENS may be needed.')
         self.refused += len(no)
         return [no_opinion(self, *x) if isinstance(o, Refused) else o for o, x in zip(out, completions)]
 
@@ -187,7 +188,8 @@ def connect(
 ) -> APITeacher:
     "A teacher at an address, probed."
     extra = (dict(chat_template_kwargs=config.teacher_template) if config.teacher_template else {}) | options.pop('extra', {})
-    settings = dict(price=config.teacher_price, concurrency=config.teacher_concurrency, per_minute=config.teacher_requests_per_minute, timeout=config.teacher_timeout, retries=config.teacher_retries)
+    settings = dict(price=config.teacher_price, concurrency=config.teacher_concurrency, per_minute=config.teacher_requests_per_minute,
+                    timeout=config.teacher_timeout, retries=config.teacher_retries)
     cache = Answers(config.teacher_cache)
     model = model or Endpoint(url, '', key, cache, **settings).entry().get('id', '')
     at = Endpoint(url, model, key, cache, extra=extra, limit=config.teacher_max_dollars, **settings, **options)

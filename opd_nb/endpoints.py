@@ -201,7 +201,8 @@ class Echo:
             need(len(both) <= len(tokens) <= len(both) + 1, f'{len(tokens)} positions for {len(both)}')
             means = [(names.id(t), i) for t, i in zip(tokens[P:], ids)]
             need(all(n is None or names.same(n, i) for n, i in means), 'other tokens than those that were sent')
-            rows = [sorted((row or {}).items(), key=lambda x: -x[1])[:k] for row in (found.get('top_logprobs') or [None] * len(tokens))[P:len(both)]]  # some add the one that stood there
+            listed = (found.get('top_logprobs') or [None] * len(tokens))[P:len(both)]
+            rows = [sorted((row or {}).items(), key=lambda x: -x[1])[:k] for row in listed]  # some add the one that stood there
             return Rows([math.nan if lp is None else lp for lp in own[P:len(both)]], [names.rows([dict(token=t, logprob=lp) for t, lp in row]) for row in rows])
         text = self.codec.tok.decode(both, skip_special_tokens=False, clean_up_tokenization_spaces=False) if self.codec else both
         return await ask(Question('/completions', dict(prompt=text, max_tokens=1, temperature=0, echo=True, logprobs=k), len(both)), read)

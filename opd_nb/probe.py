@@ -97,7 +97,9 @@ class Probe:
         "(place, candidates) of the known text, by plain generation."
         if self.expected is None:
             places = sorted({max(1, int(p * len(self.ids))) for p in PLACES})
-            def plain(prompt, n): return lambda ask: ask(Question('/completions', dict(prompt=prompt, max_tokens=1, temperature=1, logprobs=min(5, max(self.k, 1))), n), lambda a: first_listed(a, self.names))
+            def plain(prompt, n):
+                question = Question('/completions', dict(prompt=prompt, max_tokens=1, temperature=1, logprobs=min(5, max(self.k, 1))), n)
+                return lambda ask: ask(question, lambda a: first_listed(a, self.names))
             def after(t):
                 prefix = [*self.prompt, *self.ids[:t]]
                 if not self.text_only:
@@ -114,7 +116,8 @@ class Probe:
         used, mine = (answer.get('usage') or {}).get('prompt_tokens'), len(self.codec.tok(KNOWN, add_special_tokens=False)['input_ids'])
         named = [e for e in (choice(answer).get('logprobs') or {}).get('content') or [] if 'id' in e and e.get('bytes')]
         if used in (None, 0, mine, mine + 1) and all(e['id'] < len(self.codec.bytes) and bytes(e['bytes']) == self.codec.bytes.table[e['id']] for e in named): return
-        raise BadInput('teacher_tokenizer', Path(self.codec.tok.name_or_path).name, f'is not the tokenizer of {self.endpoint.who}, which cuts the same text differently', 'Set TEACHER_TOKENIZER to the folder or Hub id of the model that is served.')
+        raise BadInput('teacher_tokenizer', Path(self.codec.tok.name_or_path).name, f'is not the tokenizer of {self.endpoint.who}, which cuts the same text differently',
+                       'Set TEACHER_TOKENIZER to the folder or Hub id of the model that is served.')
 
 # %% ../nbs/05_probe.ipynb #c017
 def try_exact(
@@ -131,7 +134,9 @@ def try_exact(
     except (Refused, Malformed) as e: return no(str(e))
     off = {shift: max(apart(at, rows.top[t + shift] if 0 <= t + shift < len(rows.top) else {}) for t, at in expected) for shift in (0, 1, -1)}
     listed = max(map(len, rows.top))
-    if off[0] <= NEAR: return Finding(way.name, True, f"its rows agree with the endpoint's own next tokens at {len(expected)} places (within {max(off[0], 1e-4):.4f}), {listed} listed", min(probe.k, listed), variant)
+    if off[0] <= NEAR:
+        why = f"its rows agree with the endpoint's own next tokens at {len(expected)} places (within {max(off[0], 1e-4):.4f}), {listed} listed"
+        return Finding(way.name, True, why, min(probe.k, listed), variant)
     shifted = next((s for s in (1, -1) if off[s] <= NEAR), None)
     return no(f"its rows are off by one: row t is of token t{-shifted:+d}" if shifted else f"its rows are not the endpoint's own next tokens ({off[0]:.2f} nats apart)")
 
@@ -142,19 +147,29 @@ def try_walk(
     "Try whether the chat route goes on from a begun answer and lists what it could say."
     no = lambda why: Finding('prefix_walk', False, why)
     if not probe.codec: return no('the tokenizer is not known; set TEACHER_TOKENIZER')
-    def write(ask, k): return ask(Question('/chat/completions', dict(messages=ASKED, max_tokens=16, temperature=1, logprobs=True, top_logprobs=k), len(probe.prompt), 16), lambda a: choice(a).get('logprobs'))
-    def go_on(ask, prefix, prefill): return ask(Question('/chat/completions', begun(ASKED, prefix, prefill, max_tokens=1, temperature=0, logprobs=True, top_logprobs=k), len(probe.prompt) + len(prefix)), lambda a: candidates(a, probe.names, prefix))
+    P = len(probe.prompt)
+    def write(ask, k):
+        body = dict(messages=ASKED, max_tokens=16, temperature=1, logprobs=True, top_logprobs=k)
+        return ask(Question('/chat/completions', body, P, 16), lambda a: choice(a).get('logprobs'))
+    def go_on(ask, prefix, prefill):
+        body = begun(ASKED, prefix, prefill, max_tokens=1, temperature=0, logprobs=True, top_logprobs=k)
+        return ask(Question('/chat/completions', body, P + len(prefix)), lambda a: candidates(a, probe.names, prefix))
     try: k, told = probe.most(write)
     except (Refused, Malformed) as e: return no(str(e))
     if not told or not told.get('content'): return no('it accepts logprobs and lists none')
-    written, listed = [bytes(e.get('bytes') or (e.get('token') or '').encode()) for e in told['content']], [probe.names.rows(e.get('top_logprobs') or []) for e in told['content']]
-    cuts = [(t, prefix) for t in range(1, len(written)) if (prefix := beginning(b''.join(written[:t]), sum(map(len, written[:t])))) and listed[t] and apart(listed[0], listed[t]) > 2 * NEAR]
+    written = [bytes(e.get('bytes') or (e.get('token') or '').encode()) for e in told['content']]
+    listed = [probe.names.rows(e.get('top_logprobs') or []) for e in told['content']]
+    prefixes = [beginning(b''.join(written), sum(map(len, written[:t]))) for t in range(len(written))]
+    cuts = [(t, prefix) for t, prefix in enumerate(prefixes) if prefix and listed[t] and apart(listed[0], listed[t]) > 2 * NEAR]
     if not cuts: return no('what it writes is too short to tell whether it goes on from a begun answer')
     cuts = cuts[::max(1, len(cuts) // 2)][:3]
     for prefill in range(len(PREFILLS)):
         try: off = [apart(listed[t], probe.ask(lambda ask: go_on(ask, prefix, prefill))) for t, prefix in cuts]
         except (Refused, Malformed): continue
-        if max(off) <= NEAR: return Finding('prefix_walk', True, f'it goes on from a begun answer as it did when it wrote it ({len(cuts)} places, within {max(*off, 1e-4):.4f}), {max(map(len, listed))} listed', min(probe.k, max(map(len, listed))), prefill)
+        if max(off) <= NEAR:
+            most = max(map(len, listed))
+            why = f'it goes on from a begun answer as it did when it wrote it ({len(cuts)} places, within {max(*off, 1e-4):.4f}), {most} listed'
+            return Finding('prefix_walk', True, why, min(probe.k, most), prefill)
     return no('it does not go on from a begun answer but starts another')
 
 # %% ../nbs/05_probe.ipynb #c023
@@ -163,7 +178,9 @@ def try_continuation(
 ) -> Finding:
     "Try whether the chat route goes on from a begun answer, by its text alone."
     no = lambda why: Finding('continuation', False, why)
-    def write(ask, prefix='', prefill=0): return ask(Question('/chat/completions', begun(ASKED, prefix, prefill, max_tokens=32, temperature=0), 40, 32), lambda a: choice(a).get('message', {}).get('content') or '')
+    def write(ask, prefix='', prefill=0):
+        question = Question('/chat/completions', begun(ASKED, prefix, prefill, max_tokens=32, temperature=0), 40, 32)
+        return ask(question, lambda a: choice(a).get('message', {}).get('content') or '')
     try: whole = probe.ask(write)
     except (Refused, Malformed) as e: return no(str(e))
     prefix = whole[:len(whole) // 2].rstrip()
@@ -181,11 +198,9 @@ def try_sequence(
 ) -> Finding:
     "Try whether it can mark: right answers over wrong ones, on three plain tasks."
     pairs = [('What is 17 + 25?', '42', '36'), ('Name the capital of France.', 'Paris', 'I like trains.'), ('Write the word "stop" backwards.', 'pots', 'stop')]
-    judge, mark = Sequence(), []
-    try:
-        for task, right, wrong in pairs: mark.append([probe.ask(lambda ask: judge.mark(ask, [dict(role='user', content=task)], answer.encode(), lambda text: len(text) // 3)) for answer in (right, wrong)])
+    def mark(task, answer): return probe.ask(lambda ask: Sequence().mark(ask, [dict(role='user', content=task)], answer.encode(), lambda text: len(text) // 3))
+    try: better = sum(mark(task, right) > mark(task, wrong) for task, right, wrong in pairs)
     except (Refused, Malformed) as e: return Finding('sequence', False, str(e))
-    better = sum(r > w for r, w in mark)
     return Finding('sequence', better == len(pairs), f'it marks the right answer higher in {better} of {len(pairs)} plain tasks')
 
 # %% ../nbs/05_probe.ipynb #c029
@@ -227,4 +242,5 @@ def choose(
     "The first faithful mode, or an error that says of each why it is not."
     best = next((f for f in found if f.faithful), None)
     if best: return best
-    raise BadInput('teacher_mode', mode, f'cannot be faithful at {who}. ' + ' '.join(f'{f.mode}: {f.why}.' for f in found), 'Choose another endpoint or model; vLLM and llama.cpp score any text exactly.')
+    raise BadInput('teacher_mode', mode, f'cannot be faithful at {who}. ' + ' '.join(f'{f.mode}: {f.why}.' for f in found),
+                   'Choose another endpoint or model; vLLM and llama.cpp score any text exactly.')

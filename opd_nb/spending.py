@@ -50,7 +50,8 @@ def price_of(
         except ValueError: raise BadInput('teacher_price', given, 'must be two numbers with a comma', 'Write dollars for a million tokens read and a million written: 0.04,0.10.') from None
         return Price(read, written)
     from genai_prices import Usage, calc_price
-    try: return Price(*(round(1000 * float(calc_price(Usage(**{kind: 1000}), model_ref=model, provider_api_url=url).total_price), 6) for kind in ('input_tokens', 'output_tokens')))  # small numbers: some prices rise with the length
+    def thousand(kind): return float(calc_price(Usage(**{kind: 1000}), model_ref=model, provider_api_url=url).total_price)  # some prices rise with the length
+    try: return Price(*(round(1000 * thousand(kind), 6) for kind in ('input_tokens', 'output_tokens')))
     except LookupError: return None
 
 # %% ../nbs/05_spending.ipynb #c015

@@ -197,7 +197,8 @@ def describe(
     says = dict(dense='whole distributions', sparse=f'the {can.k} likeliest tokens at each position, and the one that stood there', listed=f'the {can.k} likeliest tokens at a position',
                 realised='the log-probability of each token that stood there', generated='text of its own', judged='a mark for a whole completion', nothing='nothing that a loss can use')
     vocabulary = f'{len(teacher.codec.bytes)} tokens, {teacher.codec.bytes.family}, from {can.tokenizer}' if teacher.codec else 'none here'
-    return dict(scores=says[can.kind], mode=can.mode or 'in this process', tokenizer=vocabulary, writes='yes' if can.generates else 'no', losses=', '.join(can.losses)) | (getattr(teacher, 'notes', None) or {})
+    return dict(scores=says[can.kind], mode=can.mode or 'in this process', tokenizer=vocabulary, writes='yes' if can.generates else 'no',
+                losses=', '.join(can.losses)) | (getattr(teacher, 'notes', None) or {})
 
 # %% ../nbs/05_teachers.ipynb #c038
 class Several:
