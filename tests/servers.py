@@ -34,7 +34,7 @@ def served(spec):
 @contextlib.contextmanager
 def command_server(*words, patience=180, **env):
     "A server started by a command that has `{port}` in it, once it answers. Gives its address."
-    import os, socket, time, urllib.error, urllib.request
+    import os, signal, socket, time, urllib.error, urllib.request
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
     process = subprocess.Popen([w.format(port=port) for w in words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | env, start_new_session=True)
     try:
@@ -45,7 +45,7 @@ def command_server(*words, patience=180, **env):
             except urllib.error.HTTPError: break  # it answers, if only with an error
             except OSError: pass
         yield f'http://127.0.0.1:{port}/v1'
-    finally: process.kill(); process.wait()
+    finally: os.killpg(process.pid, signal.SIGKILL); process.wait()  # its workers too
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
