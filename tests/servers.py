@@ -1,0 +1,171 @@
+"Real servers on loopback, for the tests and the notebooks about API teachers."
+import contextlib, http.server, json, subprocess, sys, tempfile, threading
+from pathlib import Path
+
+LLAMA = """
+import sys, xllamacpp as x
+p = x.CommonParams()
+p.model.path, p.hostnames, p.port, p.n_ctx, p.n_parallel, p.warmup = sys.argv[1], ['127.0.0.1'], int(sys.argv[2]), 2048, 2, False
+p.cache_type_k = p.cache_type_v = x.ggml_type.GGML_TYPE_F32       # half-precision keys and values alone cost 0.02
+p.flash_attn_type = x.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+p.cpuparams.n_threads = p.cpuparams_batch.n_threads = 1
+server = x.Server(p)
+print(server.listening_address, flush=True)
+sys.stdin.read()                                                  # until the test closes the pipe
+"""
+
+
+@contextlib.contextmanager
+def llama_server(gguf, port=0):
+    "llama.cpp's own server, from the wheel xllamacpp, in a process of its own. Gives its address and the process."
+    with subprocess.Popen([sys.executable, '-c', LLAMA, str(gguf), str(port)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        try: yield process.stdout.readline().strip() + '/v1', process
+        finally: process.kill()
+
+
+@contextlib.contextmanager
+def served(spec):
+    "A model behind llama.cpp's server, in float32."
+    from opd_nb.gguf_export import export_gguf
+    with tempfile.TemporaryDirectory() as d:
+        with llama_server(export_gguf(spec, Path(d) / 'model.gguf', 'f32')) as (url, process): yield url, process
+
+
+@contextlib.contextmanager
+def command_server(*words, patience=180, **env):
+    "A server started by a command that has `{port}` in it, once it answers. Gives its address."
+    import os, signal, socket, time, urllib.error, urllib.request
+    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
+    process = subprocess.Popen([w.format(port=port) for w in words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | env, start_new_session=True)
+    try:
+        for _ in range(patience * 2):
+            time.sleep(.5)
+            assert process.poll() is None, f'{words[:3]} ended with {process.returncode}'
+            try: urllib.request.urlopen(f'http://127.0.0.1:{port}/v1/models', timeout=5).read(); break
+            except urllib.error.HTTPError: break  # it answers, if only with an error
+            except OSError: pass
+        yield f'http://127.0.0.1:{port}/v1'
+    finally: os.killpg(process.pid, signal.SIGKILL); process.wait()  # its workers too
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = 'HTTP/1.1'
+    def log_message(self, *a): pass
+    def body(self): return self.rfile.read(int(self.headers.get('Content-Length') or 0))
+    def send(self, code, answer, **headers):
+        data = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
+        self.send_response(code)
+        for k, v in ({'Content-Type': 'application/json', 'Content-Length': len(data)} | headers).items(): self.send_header(k.replace('_', '-'), str(v))
+        self.end_headers(); self.wfile.write(data)
+
+
+@contextlib.contextmanager
+def http_server(handler):
+    "An HTTP server in a thread. Gives its address."
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try: yield f'http://127.0.0.1:{server.server_port}'
+    finally: server.shutdown(); server.server_close()
+
+
+@contextlib.contextmanager
+def contract_server(spec, can=('prompt_logprobs', 'sglang', 'echo', 'ids', 'chat', 'prefill'), shift=0, most=20, listing=None):
+    "A model that speaks the contracts of servers that are not here, with its own true numbers; `shift` makes them wrong by so many rows."
+    import torch
+    from opd_nb.models import LM
+    lm, lock, seen = LM.load(spec, dtype='float32', device='cpu'), threading.Lock(), []
+    tok = lm.codec.tok
+
+    def rows(ids):
+        with lock, torch.no_grad(): return lm.model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
+    def spelled(i): return tok.decode([i])
+    def listed(row, k): return [(i, row[i].item()) for i in row.topk(k).indices.tolist()] if k else []
+    def entry(i, lp): return dict(token=spelled(i), bytes=list(lm.codec.bytes.table[i] or spelled(i).encode()), logprob=lp)
+    def sample(logp, temperature):
+        with lock: return int(logp.argmax()) if not temperature else int(torch.multinomial((logp / temperature).softmax(-1), 1, generator=torch.Generator().manual_seed(0)))
+    def write(ids, n, temperature):
+        out = []
+        while len(out) < n and (not out or out[-1][0] not in lm.codec.stop_ids):
+            logp = rows(ids + [i for i, _ in out])[-1]
+            out.append((sample(logp, temperature), logp))
+        return out
+
+    class Serve(Handler):
+        def do_GET(self): self.send(200, dict(data=[listing or dict(id='teacher', root=lm.path)]))
+        def do_POST(self):
+            body = json.loads(self.body()); seen.append((self.path, body))
+            code, answer = getattr(self, self.path.strip('/').replace('/', '_').replace('v1_', ''), lambda b: (404, dict(error=dict(message='no such path'))))(body)
+            self.send(code, answer)
+        def completions(self, b):
+            if isinstance(b['prompt'], list) and 'ids' not in can: return 500, dict(error=dict(message='prompt must be a string'))
+            ids = b['prompt'] if isinstance(b['prompt'], list) else tok(b['prompt'], add_special_tokens=False)['input_ids']
+            k, kp = b.get('logprobs') or 0, b.get('prompt_logprobs')
+            if max(k, kp or 0) > most: return 400, dict(error=dict(message=f'at most {most} logprobs'))
+            logp = rows(ids); last = write(ids, 1, b.get('temperature', 1))
+            at = lambda t: logp[min(max(t - 1 + shift, 0), len(ids) - 1)]
+            choice = dict(index=0, text=spelled(last[0][0]), logprobs=None)
+            if kp is not None and 'prompt_logprobs' in can:
+                choice['prompt_logprobs'] = [None] + [{str(i): dict(logprob=lp, rank=r + 1, decoded_token=spelled(i)) for r, (i, lp) in enumerate(listed(at(t), kp))}
+                                                      | {str(ids[t]): dict(logprob=at(t)[ids[t]].item(), rank=int((at(t) > at(t)[ids[t]]).sum()) + 1, decoded_token=spelled(ids[t]))} for t in range(1, len(ids))]
+            if 'logprobs' in b:
+                t_, l_ = last[0]; echo = b.get('echo') and 'echo' in can
+                told = [(i, at(t)) for t, i in enumerate(ids)] if echo else []
+                choice['logprobs'] = dict(tokens=[spelled(i) for i, _ in told + [(t_, l_)]], token_logprobs=[None if echo and n == 0 else l[i].item() for n, (i, l) in enumerate(told + [(t_, l_)])],
+                                          top_logprobs=[None if echo and n == 0 else {spelled(i): lp for i, lp in reversed(listed(l, k))} for n, (_, l) in enumerate(told + [(t_, l_)])])
+            return 200, dict(choices=[choice], usage=dict(prompt_tokens=len(ids), completion_tokens=1))
+        def generate(self, b):
+            if 'sglang' not in can: return 404, {}
+            ids, start = b['input_ids'], b['logprob_start_len']; logp = rows(ids)
+            at = lambda t: logp[min(max(t - 1 + shift, 0), len(ids) - 1)]
+            meta = dict(input_token_logprobs=[[None if t == start else at(t)[ids[t]].item(), ids[t], None] for t in range(start, len(ids))],
+                        input_top_logprobs=[None if t == start else [[lp, i, None] for i, lp in listed(at(t), b['top_logprobs_num'])] for t in range(start, len(ids))])
+            return 200, dict(text='', meta_info=meta | dict(prompt_tokens=len(ids), completion_tokens=1))
+        def chat_completions(self, b):
+            if 'chat' not in can: return 404, {}
+            if (b.get('top_logprobs') or 0) > most: return 400, dict(error=dict(message=f'at most {most} top_logprobs'))
+            m = b['messages']; prefix = m[-1]['content'] if m[-1]['role'] == 'assistant' else ''
+            ids = lm.codec.prompt(m[:-1]) + list(lm.codec.write(prefix.encode(), False)[0]) if prefix and 'prefill' in can else lm.codec.prompt(m)
+            out = write(ids, b.get('max_tokens', 16), b.get('temperature', 1))
+            data, _, stopped = lm.codec.read([i for i, _ in out])
+            told = dict(content=[entry(i, l[i].item()) | dict(top_logprobs=[entry(j, lp) for j, lp in listed(l, b.get('top_logprobs') or 0)]) for i, l in out]) if b.get('logprobs') else None
+            return 200, dict(choices=[dict(index=0, message=dict(role='assistant', content=data.decode(errors='replace')), finish_reason='stop' if stopped else 'length', logprobs=told)], usage=dict(prompt_tokens=len(ids), completion_tokens=len(out)))
+
+    with http_server(Serve) as url: yield url + '/v1'
+
+
+@contextlib.contextmanager
+def fault_proxy(url, faults=()):
+    "A proxy before a real server. Each POST takes the next of `faults`, then all pass. Gives its address, the faults still to come and the requests seen."
+    import socket, struct, time, urllib.error, urllib.request
+    root, faults, seen = url.removesuffix('/v1'), list(faults), []
+
+    class Proxy(Handler):
+        def forward(self, body=None):
+            headers = {k: v for k, v in self.headers.items() if k.lower() in ('content-type', 'authorization')}
+            try:
+                with urllib.request.urlopen(urllib.request.Request(root + self.path, body, headers), timeout=60) as r: return r.status, r.read()
+            except urllib.error.HTTPError as e: return e.code, e.read()
+        def do_GET(self): self.send(*self.forward())
+        def do_POST(self):
+            body = self.body(); seen.append((self.path, {k.lower(): v for k, v in self.headers.items()}, json.loads(body)))
+            fault = faults.pop(0) if faults else None
+            quoted = f"{self.headers.get('Authorization')} {body.decode()}"
+            if fault == 'busy': return self.send(429, dict(error=dict(message='slow down')), Retry_After=.1)
+            if fault == 'broken': return self.send(500, dict(error=dict(message='oops')))
+            if fault == 'expired': return self.send(401, dict(error=dict(message=f'this key has expired: {quoted}')))
+            if fault == 'no model': return self.send(404, dict(error=dict(message='the model does not exist')))
+            if fault == 'too long': return self.send(400, dict(error=dict(message='longer than the context')))
+            if fault == 'hang': time.sleep(1.5); self.close_connection = True; return
+            if fault == 'reset':
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0)); self.close_connection = True
+                self.connection.close(); return
+            code, answer = self.forward(body)
+            if fault == 'cut': answer = answer[:len(answer) // 2]
+            if fault == 'short': answer = json.dumps(json.loads(answer)[:-1]).encode() if answer[:1] == b'[' else b'{}'
+            if fault == 'slow': time.sleep(.3)
+            self.send(code, answer)
+        def finish(self):
+            with contextlib.suppress(OSError): super().finish()
+
+    with http_server(Proxy) as here: yield here + '/v1', faults, seen

@@ -1,0 +1,276 @@
+"Teachers behind an address, before real servers and through everything that can go wrong on the way."
+import os, signal, subprocess, sys, textwrap, time
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import real, slow
+from opd_nb import countdown
+from opd_nb.cache import Answers
+from opd_nb.config import OPDConfig
+from opd_nb.spending import SpendingCap, TeacherGone
+from opd_nb.teachers import load_teacher
+from opd_nb.types import BadInput, Conversation
+from servers import command_server, contract_server, fault_proxy, llama_server, served
+
+pytest.importorskip('xllamacpp', reason="llama.cpp's server comes with the dev requirements")
+KEY = 'sk-planted-4f1c9e'
+PASSING = ['busy', 'broken', 'reset', 'hang', 'cut', 'short']
+
+
+@pytest.fixture(scope='module')
+def here(): return load_teacher('tiny:')
+
+
+@pytest.fixture(scope='module')
+def llama():
+    with served('tiny:teacher') as (url, _): yield url
+
+
+@pytest.fixture(scope='module')
+def records():
+    "Eight conversations, and answers: right ones, wrong ones, cut ones."
+    drawn = countdown.draw(8, answers=True)
+    texts = [c.reference for c in drawn]
+    answers = [(t.encode(), True) for t in texts[:4]] + [(t.encode()[:7], False) for t in texts[4:6]] + [(b'10+7=18 18+3=21', True), ('7*3=21 é'.encode(), True)]
+    return [Conversation(tuple(c.prompt)) for c in drawn], answers
+
+
+def config(here, cache, **kw):
+    kw = dict(teacher_tokenizer=here.lm.path, teacher_top_k=8, teacher_cache=cache, teacher_timeout=1, teacher_retries=3, teacher_concurrency=3, teacher_api_key=KEY) | kw
+    return OPDConfig(_env_file=None, **kw)
+
+
+def same(a, b):
+    for x, y in zip(a, b, strict=True):
+        assert (x.ids, x.ends) == (y.ids, y.ends)
+        torch.testing.assert_close(x.logprobs, y.logprobs, equal_nan=True, atol=2e-5, rtol=0)
+        assert all(set(i.tolist()) == set(j.tolist()) for i, j in zip(x.top_ids, y.top_ids))
+
+
+def close_to(signals, exact):
+    "Largest difference of a realised log-probability from the model in this process; asserts that the likeliest eight are the same."
+    far = 0.
+    for s, e in zip(signals, exact, strict=True):
+        assert s.ids == e.ids and not s.logprobs.isnan().any()
+        far = max(far, (s.logprobs - e.logprobs).abs().max().item())
+        logits = e.head(e.hidden)
+        for row, top in zip(logits, s.top_ids):
+            eighth = row.topk(9).values
+            if eighth[7] - eighth[8] > 1e-4: assert set(top.tolist()) == set(row.topk(8).indices.tolist())
+    return far
+
+
+def test_same_numbers_as_in_this_process(here, llama, records, tmp_path):
+    teacher = load_teacher(f'api:{llama}', config(here, tmp_path / 'a'))
+    assert teacher.finding.mode == 'llama_cpp' and teacher.capabilities.kind == 'sparse'
+    assert close_to(teacher.score(*records), here.score(*records)) < 1e-4
+
+
+def test_real_model_without_template(tmp_path):
+    "A SentencePiece model with BOS, `<unk>` and no byte fallback, prompted with plain text."
+    folder = real('models', 'babyllama105')
+    exact = load_teacher(f'hf:{folder}')
+    story = Conversation(({'role': 'user', 'content': 'Once upon a time there was a little'},))
+    records = [story] * 2, [(b' girl named Lily. She liked to play', False), (b' dog. The end.', True)]
+    with served(str(folder)) as (url, _):
+        teacher = load_teacher(f'api:{url}', config(exact, tmp_path / 'a'))
+        assert close_to(teacher.score(*records), exact.score(*records)) < 1e-4
+        assert teacher.generate([story], 12)[0][0] == exact.generate([story], 12)[0][0]
+
+
+@pytest.mark.parametrize('fault', PASSING)
+def test_faults_change_nothing(here, llama, records, tmp_path, fault):
+    clean = load_teacher(f'api:{llama}', config(here, tmp_path / 'clean')).score(*records)
+    with fault_proxy(llama) as (url, faults, seen):
+        teacher = load_teacher(f'api:{url}', config(here, tmp_path / 'a'))
+        probed = len(seen)
+        faults[:] = [fault, None, fault]
+        same(teacher.score(*records), clean)
+        assert not faults and len(seen) > probed + 3
+        asked = len(seen)
+        same(load_teacher(f'api:{url}', config(here, tmp_path / 'a')).score(*records), clean)
+        assert len(seen) == asked  # not even the probe
+
+
+@pytest.mark.parametrize('faults, told', [(['expired'], 'key'), (['no model'], 'name'), (['broken'] * 40, 'HTTP 500'), (['short'] * 40, 'positions'), (['reset'] * 40, 'no connection')], ids=['expired key', 'wrong model', 'always 500', 'always short', 'always reset'])
+def test_stops_clearly_and_loses_nothing(here, llama, records, tmp_path, faults, told):
+    conversations, answers = records
+    with fault_proxy(llama) as (url, script, seen):
+        teacher = load_teacher(f'api:{url}', config(here, tmp_path / 'a', teacher_retries=1))
+        teacher.score(conversations[:3], answers[:3])
+        probed, script[:] = len(seen), faults
+        with pytest.raises(TeacherGone) as gone: teacher.score(*records)
+        text = str(gone.value)
+        assert told in text and KEY not in text and 'Make' not in text and not any(a.decode() in text for a, _ in answers if len(a) > 4)
+        script.clear()
+        asked, kept = len(seen), len(teacher.endpoint.cache)
+        again = load_teacher(f'api:{url}', config(here, tmp_path / 'a'))
+        assert len(again.score(*records)) == len(answers)
+        new = [b for _, _, b in seen[asked:]]
+        old = [b for _, _, b in seen[:probed]]
+        assert new and not any(b in old for b in new)  # what was answered before is not asked again
+        assert len(again.endpoint.cache) == kept + len(new)
+
+
+def test_refused_record_says_nothing_and_the_others_are_scored(here, llama, records, tmp_path):
+    with fault_proxy(llama) as (url, script, _):
+        teacher = load_teacher(f'api:{url}', config(here, tmp_path / 'a', teacher_concurrency=1))
+        script[:] = ['too long']
+        signals = teacher.score(*records)
+    assert teacher.refused == 1 == sum(bool(s.logprobs.isnan().all()) and not s.scored.any() for s in signals)
+    with fault_proxy(llama) as (url, script, _):
+        teacher = load_teacher(f'api:{url}', config(here, tmp_path / 'b'))
+        script[:] = ['too long'] * 20
+        with pytest.raises(TeacherGone, match='refuses every completion'): teacher.score(*records)
+
+
+def test_server_that_dies_and_comes_back(here, records, tmp_path):
+    from opd_nb.gguf_export import export_gguf
+    conversations, answers = records
+    gguf = export_gguf('tiny:teacher', tmp_path / 'm.gguf', 'f32')
+    with llama_server(gguf) as (url, process):
+        port = int(url.split(':')[-1].split('/')[0])
+        teacher = load_teacher(f'api:{url}', config(here, tmp_path / 'a', teacher_retries=1))
+        first = teacher.score(conversations[:4], answers[:4])
+        process.kill(); process.wait()
+        with pytest.raises(TeacherGone, match='no connection'): teacher.score(*records)
+        same(teacher.score(conversations[:4], answers[:4]), first)  # from the cache
+    with llama_server(gguf, port): same(teacher.score(*records)[:4], first)
+
+
+def test_estimate_of_a_walk_is_what_was_counted(here, llama, records, tmp_path):
+    for n, positions in enumerate((None, 3)):
+        teacher = load_teacher(f'api:{llama}', config(here, tmp_path / str(n), teacher_mode='prefix_walk', teacher_positions=positions))
+        meter = teacher.endpoint.meter
+        before, estimate = (meter.requests, meter.tokens_in, meter.tokens_out), teacher.estimate(*records)
+        signals = teacher.score(*records)
+        counted = meter.requests - before[0], meter.tokens_in - before[1], meter.tokens_out - before[2]
+        unsaid = sum(1 for s in signals for row in s.scored if not row)
+        assert estimate.tokens_in == counted[1] and estimate.requests == counted[0]
+        assert counted[2] <= estimate.tokens_out  # an answer that ends at once may be counted as nothing
+        assert (sum(int(s.scored.sum()) for s in signals) <= 3 * len(signals)) if positions else unsaid < 12
+
+
+def test_cap_stops_before_the_request_that_would_pass_it(here, llama, records, tmp_path):
+    with fault_proxy(llama) as (url, _, seen):
+        free = load_teacher(f'api:{url}', config(here, tmp_path / 'a'))
+        probed, estimate = len(seen), free.estimate(*records)
+        price = .02 / (estimate.tokens_in + estimate.tokens_out) * 1e6  # all eight would cost two cents
+        paid = config(here, tmp_path / 'a', teacher_price=f'{price},{price}', teacher_max_dollars=.01, teacher_concurrency=2)
+        teacher = load_teacher(f'api:{url}', paid)
+        with pytest.raises(SpendingCap, match=r'\$0.01'): teacher.score(*records)
+        assert 0 < teacher.endpoint.meter.dollars <= .01 and len(seen) > probed
+        asked = len(seen)
+        with pytest.raises(SpendingCap): teacher.score(*records)
+        assert teacher.endpoint.meter.dollars <= .01
+        more = load_teacher(f'api:{url}', paid.model_copy(update=dict(teacher_max_dollars=1.)))
+        assert len(more.score(*records)) == 8
+        bodies = [str(b) for _, _, b in seen[probed:]]
+        assert len(set(bodies)) == len(bodies)  # nothing was paid for twice
+
+
+RUN = textwrap.dedent('''
+    import sys
+    from opd_nb import countdown
+    from opd_nb.config import OPDConfig
+    from opd_nb.spending import TeacherGone
+    from opd_nb.teachers import load_teacher
+    from opd_nb.types import Conversation
+    url, cache, tokenizer, key = sys.argv[1:]
+    drawn = countdown.draw(8, answers=True)
+    teacher = load_teacher(f'api:{url}#teacher', OPDConfig(_env_file=None, teacher_tokenizer=tokenizer, teacher_top_k=8, teacher_cache=cache, teacher_api_key=key, teacher_concurrency=1, teacher_retries=0))
+    print('ready', flush=True)
+    for n in (2, 4, 6, 8):
+        input()
+        try: teacher.score([Conversation(tuple(c.prompt)) for c in drawn[:n]], [(c.reference.encode(), True) for c in drawn[:n]])
+        except TeacherGone as e: print(e)
+        print(teacher, repr(teacher.endpoint), teacher.notes)
+        print('ready', flush=True)
+''')
+
+
+def test_run_that_meets_faults_and_is_killed_writes_no_secret_and_goes_on_where_it_was(here, llama, records, tmp_path):
+    env = dict(os.environ, HOME=str(tmp_path), XDG_CACHE_HOME=str(tmp_path / 'c'))
+    with fault_proxy(llama) as (url, script, seen), subprocess.Popen([sys.executable, '-c', RUN, url, str(tmp_path / 'answers.sqlite'), here.lm.path, KEY], cwd=tmp_path, env=env,
+                                                                      stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as run:
+        said = []
+        def wait():
+            while (line := run.stdout.readline()) and 'ready' not in line: said.append(line)
+        def go(*faults): script[:] = faults; run.stdin.write('\n'); run.stdin.flush()
+        wait(); probed = len(seen)
+        go(); wait()
+        go('expired'); wait()
+        go('cut'); wait()
+        go(*['slow'] * 99)
+        while len(seen) < probed + 6: time.sleep(.05)
+        os.kill(run.pid, signal.SIGKILL); run.wait()
+        time.sleep(.4); script.clear()
+
+        said = ''.join(said)
+        assert 'HTTP 401' in said and 'half a JSON' in said and 'Traceback' not in said
+        assert all(h.get('authorization') == f'Bearer {KEY}' for _, h, _ in seen)
+        drawn = countdown.draw(8, answers=True)
+        for text in [KEY] + [c.reference for c in drawn] + [c.prompt[-1]['content'] for c in drawn]: assert text not in said, text
+        cache, files = Answers(tmp_path / 'answers.sqlite'), [p for p in tmp_path.rglob('*') if p.is_file()]
+        assert cache.path in files and not any(KEY.encode() in p.read_bytes() for p in files)
+        assert not any(KEY in str(cache.get(k)) for k, in cache.run('SELECT key FROM answers'))
+
+        asked, before = len(seen), [str(b) for _, _, b in seen[probed:]]
+        teacher = load_teacher(f'api:{url}#teacher', config(here, tmp_path / 'answers.sqlite'))
+        conversations, answers = [Conversation(tuple(c.prompt)) for c in drawn], [(c.reference.encode(), True) for c in drawn]
+        assert close_to(teacher.score(conversations, answers), here.score(conversations, answers)) < 1e-4
+        again = [str(b) for _, _, b in seen[asked:]]
+        assert again and sum(b in before for b in again) <= 3  # the expired, the cut and the one that was under way when the run was killed
+        asked = len(seen)
+        load_teacher(f'api:{url}#teacher', config(here, tmp_path / 'answers.sqlite')).score(conversations, answers)
+        assert len(seen) == asked
+
+
+def test_openrouter_preset(here, tmp_path, monkeypatch):
+    "Headers, honoured parameters, thinking off, the tokenizer from the list of models: an ordinary chat model works as it comes."
+    entry = dict(id='qwen/qwen-2.5-7b-instruct', hugging_face_id=here.lm.path, supported_parameters=['logprobs', 'reasoning'])
+    with contract_server('tiny:teacher', can=('chat', 'prefill'), listing=entry) as server, fault_proxy(server) as (url, _, seen):
+        monkeypatch.setattr('opd_nb.api.OPENROUTER', url)
+        settings = OPDConfig(_env_file=None, teacher_cache=tmp_path / 'a', openrouter_api_key=KEY, teacher_price='.1,.2')
+        teacher = load_teacher('openrouter:qwen/qwen-2.5-7b-instruct', settings)
+        signals = teacher.score([Conversation(({'role': 'user', 'content': 'Make 31 from 3 7 10.'},))], [(b'7*3=21 21+10=31', True)])
+    assert teacher.finding.mode == 'prefix_walk' and teacher.capabilities.k == 20 and signals[0].scored.sum() > 6
+    for _, headers, body in seen:
+        assert body['provider'] == dict(require_parameters=True) and body['reasoning'] == dict(enabled=False) and body['model'] == 'qwen/qwen-2.5-7b-instruct'
+        assert headers['x-title'] == 'opd_nb' and 'http-referer' in headers and headers['authorization'] == f'Bearer {KEY}'
+
+
+def test_tokenizer_of_another_model_is_refused(llama, tmp_path):
+    other = load_teacher('tiny:student-bpe')
+    with pytest.raises(BadInput, match='teacher_tokenizer'): load_teacher(f'api:{llama}', config(other, tmp_path / 'a'))
+
+
+@slow
+def test_llama_cpp_python_echoes_the_wrong_rows(here, tmp_path):
+    pytest.importorskip('llama_cpp.server.app', reason='pip install llama-cpp-python[server]')
+    from opd_nb.gguf_export import export_gguf
+    gguf = export_gguf('tiny:teacher', tmp_path / 'm.gguf', 'f32')
+    with command_server(sys.executable, '-m', 'llama_cpp.server', '--model', str(gguf), '--port', '{port}', '--n_ctx', '512', '--logits_all', 'true', '--type_k', '0', '--type_v', '0', '--verbose', 'false') as url:
+        with pytest.raises(BadInput, match='off by one: row t is of token t\\+1'): load_teacher(f'api:{url}', config(here, tmp_path / 'a', teacher_timeout=20, teacher_retries=0))
+
+
+@slow
+def test_transformers_serve_ignores_what_it_accepts(here, tmp_path):
+    pytest.importorskip('uvicorn', reason='pip install transformers[serving]')
+    folder, command = here.lm.path, str(Path(sys.executable).with_name('transformers'))
+    with command_server(command, 'serve', folder, '--port', '{port}', '--host', '127.0.0.1', '--device', 'cpu', '--dtype', 'float32') as url:
+        with pytest.raises(BadInput) as e: load_teacher(f'api:{url}#{folder}', config(here, tmp_path / 'a', teacher_timeout=60, teacher_retries=0))
+    for sentence in ('no logprobs of the tokens it writes', 'it accepts logprobs and lists none', 'starts another'): assert sentence in str(e.value)
+
+
+@slow
+def test_vllm_gives_the_same_numbers(here, records, tmp_path):
+    "The real contract. OPD_VLLM_PYTHON is the interpreter of an environment that has vLLM."
+    python = os.environ.get('OPD_VLLM_PYTHON') or pytest.skip('OPD_VLLM_PYTHON names no environment with vLLM')
+    with command_server(python, '-m', 'vllm.entrypoints.openai.api_server', '--model', here.lm.path, '--port', '{port}', '--host', '127.0.0.1', '--dtype', 'float32', '--max-model-len', '512',
+                        '--max-logprobs', '-1', '--enforce-eager', '--distributed-executor-backend', 'uni', patience=400, HF_HUB_OFFLINE='1', VLLM_NO_USAGE_STATS='1', VLLM_CPU_KVCACHE_SPACE='1', TORCHDYNAMO_DISABLE='1', VLLM_ENABLE_V1_MULTIPROCESSING='0') as url:
+        teacher = load_teacher(f'api:{url}', config(here, tmp_path / 'a', teacher_timeout=60))
+        assert teacher.finding.mode == 'prompt_logprobs' and teacher.capabilities.kind == 'sparse'
+        assert close_to(teacher.score(*records), here.score(*records)) < 1e-4
