@@ -145,7 +145,7 @@ def pieces(
     "The vocabulary as llama.cpp wants it: text and kind of every id."
     T, by_id, added = installed('gguf').TokenType, {i: p for p, i in tok.get_vocab().items()}, tok.added_tokens_decoder
     special = set(tok.all_special_ids) | {i for i, a in added.items() if a.special or (a.content.startswith('<|') and a.content.endswith('|>'))}
-    has_bytes = spelling_of(tok.backend_tokenizer) == 'sentencepiece'
+    has_bytes = spelling_of(components(json.loads(tok.backend_tokenizer.to_str()))) == 'sentencepiece'
     is_byte = lambda p: has_bytes and len(p) == 6 and p.startswith('<0x') and p.endswith('>')
     texts, kinds = [], []
     for i in range(width):
@@ -161,7 +161,9 @@ def add_tokenizer(
 ):
     "Everything that llama.cpp must know to cut and to join as the student does."
     tok, width = lm.codec.tok, lm.model.config.vocab_size
-    spec, parts, spelling = json.loads(tok.backend_tokenizer.to_str()), components(tok.backend_tokenizer), spelling_of(tok.backend_tokenizer)
+    spec = json.loads(tok.backend_tokenizer.to_str())
+    parts = components(spec)
+    spelling = spelling_of(parts)
     if parts['model'] != 'BPE': raise BadInput('tokenizer', parts['model'], 'must be byte-level or SentencePiece BPE', 'Export a student of another family.')
     texts, kinds = pieces(tok, width)
     writer.add_tokenizer_model('gpt2' if spelling == 'byte_level' else 'llama')
