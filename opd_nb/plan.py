@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Weights', 'KINDS', 'PROMPTS_VERSION', 'WHAT', 'LENGTHS', 'Domain', 'load_domain', 'make_plan', 'read_plan', 'Request',
-           'question_prompt', 'answer_prompt', 'compose', 'price', 'Estimate', 'estimate']
+           'question_prompt', 'answer_prompt', 'compose', 'price', 'money', 'Estimate', 'estimate']
 
 # %% ../nbs/07_plan.ipynb #c003
 import json
@@ -180,6 +180,13 @@ def price(
     except LookupError: return None
 
 # %% ../nbs/07_plan.ipynb #c029
+def money(
+    dollars: float | None,   # None: the price is unknown
+) -> str:
+    "Dollars as people write them."
+    return 'price unknown' if dollars is None else f'${dollars:.2f}' if dollars >= .01 or not dollars else f'${dollars:.5f}'
+
+# %% ../nbs/07_plan.ipynb #c031
 LENGTHS = {('reasoning', 'question'): 90, ('dialogue', 'question'): 50, ('instruction', 'question'): 90,
            ('reasoning', 'answer'): 400, ('dialogue', 'answer'): 180, ('instruction', 'answer'): 300}  # tokens of a reply, assumed
 
@@ -193,10 +200,9 @@ class Estimate:
     basis: str             # where the lengths come from
 
     def __str__(self):
-        cost = 'price unknown' if self.dollars is None else f'${self.dollars:.2f}' if self.dollars >= .01 or not self.dollars else f'${self.dollars:.4f}'
-        return f'{self.requests:,} requests, {self.input_tokens:,} tokens in, {self.output_tokens:,} out: {cost} ({self.basis})'
+        return f'{self.requests:,} requests, {self.input_tokens:,} tokens in, {self.output_tokens:,} out: {money(self.dollars)} ({self.basis})'
 
-# %% ../nbs/07_plan.ipynb #c030
+# %% ../nbs/07_plan.ipynb #c032
 def estimate(
     plan: pd.DataFrame,
     domain: Domain,
