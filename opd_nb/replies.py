@@ -114,14 +114,14 @@ def form_of(
 
 # %% ../nbs/07_replies.ipynb #c012
 def response_format(
-    form: type,                   # a `Form`
-    max_chars: int | None = None, # longest text in it; 16 steps at most then
+    form: type,                 # a `Form`
+    limits: dict | None = None, # JSON schema keywords for its texts, such as maxLength or pattern; then there are 8 steps at most, too
 ) -> dict:
     "A form as an endpoint is told of it."
     schema = form.model_json_schema()
-    for p in schema['properties'].values() if max_chars else ():
-        if p['type'] == 'array': p |= dict(minItems=1, maxItems=16)
-        (p if p['type'] == 'string' else p['items']).update(minLength=1, maxLength=max_chars)
+    for p in schema['properties'].values() if limits else ():
+        if p['type'] == 'array': p |= dict(minItems=1, maxItems=8)
+        (p if p['type'] == 'string' else p['items']).update(limits)
     return dict(type='json_schema', json_schema=dict(name=form.__name__.lower(), schema=schema, strict=True))
 
 # %% ../nbs/07_replies.ipynb #c015
@@ -175,14 +175,14 @@ class Endpoint:
         key: str | None = None,            # name of the variable with the key, see `find_key`
         per_million: tuple | None = None,  # your own prices, see `price`
         max_tokens: int = 2048,            # longest reply, a model's hidden reasoning included
-        max_chars: int | None = None,      # see `response_format`
+        limits: dict | None = None,        # see `response_format`
         timeout: float = 120,              # seconds without a byte before a request is given up and sent again
         retries: int = 8,                  # of one request
         options: dict | None = None,       # further parameters of every request, such as temperature
     ):
         from openai import AsyncOpenAI
         self.url, self.secret, self.per_million = base_url or OPENAI_URL, find_key(base_url or OPENAI_URL, key), per_million
-        self.max_tokens, self.max_chars, self.options = max_tokens, max_chars, options or {}
+        self.max_tokens, self.limits, self.options = max_tokens, limits, options or {}
         self.make = lambda: AsyncOpenAI(base_url=self.url, api_key=self.secret.get_secret_value() or 'none', timeout=timeout, max_retries=retries)
 
     def request(self,
@@ -190,7 +190,7 @@ class Endpoint:
         messages: list,   # chat messages
         form: type,       # the reply's `Form`
     ) -> dict:            # what is sent
-        return dict(model=model, messages=messages, response_format=response_format(form, self.max_chars), max_completion_tokens=self.max_tokens, **self.options)
+        return dict(model=model, messages=messages, response_format=response_format(form, self.limits), max_completion_tokens=self.max_tokens, **self.options)
 
     def cost(self, model, tokens_in, tokens_out): return price(model, tokens_in, tokens_out, self.url, self.per_million)
 

@@ -93,7 +93,7 @@ class Asking:
         per_minute: int | None = None,  # requests started in a minute, at most
     ):
         self.endpoint, self.store, self.domain, self.models, self.cap, self.concurrency = endpoint, store, domain, models, cap, concurrency
-        self.gap, self.next, self.made, self.failed, self.error = 60 / per_minute if per_minute else 0, 0., Made(), 0, None
+        self.gap, self.next, self.made, self.failed, self.error, self.fresh = 60 / per_minute if per_minute else 0, 0., Made(), 0, None, set()
         if cap is not None and None in (endpoint.cost(m, 1, 1) for m in models.values()):
             raise BadInput('cap', cap, f'needs prices, and those of {", ".join(sorted(set(models.values())))} are unknown', 'Give your own, in dollars per million tokens in and out, or leave the cap out.')
 
@@ -116,7 +116,7 @@ class Asking:
 
     async def pay(self, key, sent, row, role):
         "Send a request and keep the reply."
-        chars = sum(len(m['content']) for m in sent['messages'])
+        chars = sum(len(m['content']) for m in sent['messages']); self.fresh.add(row['row'])
         async with self.purse.hold(self.endpoint.cost(sent['model'], chars / 2, self.endpoint.max_tokens) or 0) as pay:  # two characters a token is few
             now = asyncio.get_running_loop().time()
             self.next = max(now, self.next) + self.gap
@@ -132,7 +132,7 @@ class Asking:
             while True: text = await self.ask(steps.send(text), row, replies)
         except StopIteration as done: self.made.records.append(record(row, done.value, replies, backend='openai')); self.failed = 0
         except SetAside as e:
-            self.made.aside.append(dict(row=row['row'], kind=row['kind'], topic=row['topic'], why=e.why, again=e.again)); self.failed += 1
+            self.made.aside.append(dict(row=row['row'], kind=row['kind'], topic=row['topic'], why=e.why, again=e.again)); self.failed += row['row'] in self.fresh
             if self.failed == 20: raise BadInput('endpoint', self.endpoint.url, f'gave nothing usable 20 times in a row; the last: {e.why}', 'What was paid for is kept. Mend that, then run the same again.') from None
 
     async def work(self, rows):
@@ -141,7 +141,7 @@ class Asking:
             try: await self.make(row)
             except CapReached: return
             except BadInput as e: self.error = e; return  # the others finish what they have paid for
-            self.bar.set_postfix_str(money(self.purse.spent), refresh=False); self.bar.update()
+            self.bar.set_postfix_str(money(self.store.total()['dollars']), refresh=False); self.bar.update()
 
     async def run(self, plan):
         total = self.store.total()
