@@ -44,6 +44,7 @@ class Domain(BaseModel):
     turns: Weights = {'2': 1, '3': 1}  # how many questions a dialogue has
     system: str = ''                   # a system message that every record begins with
     questions: str = ''                # name of ready-made questions; without one a model writes them
+    answer_tokens: Weights = {}        # kind -> tokens of an answer, for the estimate; `LENGTHS` without
 
 # %% ../nbs/07_plan.ipynb #c008
 def load_domain(
@@ -213,7 +214,7 @@ def estimate(
     **prices,                      # `base_url`, `per_million` of `price`
 ) -> Estimate:
     "Requests, tokens and dollars that a plan takes."
-    lengths, sums = LENGTHS | (lengths or {}), {}
+    lengths, sums = LENGTHS | {(kind, 'answer'): x for kind, x in domain.answer_tokens.items()} | (lengths or {}), {}
     for row in plan.to_dict('records'):
         steps, text = compose(domain, row), None
         try:

@@ -230,6 +230,14 @@ def _local(g, plan, store, cap):
         raise BadInput('model', name, f'has learned Countdown and nothing else, and cannot write {kinds} for {g.domain.domain_name!r}', 'Take --domain countdown, or another model, such as hf:Qwen/Qwen2.5-7B-Instruct.')
     return generate_local(load_teacher(name), name, store, plan, g.domain, **g.options)
 
+@register_backend('nemo')
+def _nemo(g, plan, store, cap):
+    from opd_nb.nemo import generate_nemo
+    if cap is not None: raise BadInput('cap', cap, 'cannot be kept by backend nemo, which does not tell what a request costs', 'Leave it out, or take backend openai.')
+    made = generate_nemo(plan, g.domain, g.models, g.out, **g.options)
+    made.total = dict(replies=sum(len(c.messages) for c in made.records), input_tokens=None, output_tokens=None, dollars=None)
+    return made
+
 # %% ../nbs/07_synthesis.ipynb #c019
 DEFAULT_MODELS = dict(openai='gpt-6-luna', local='tiny:', nemo='gpt-6-luna')
 
@@ -281,6 +289,6 @@ class SyntheticDataGenerator:
         store = Store(self.out)
         try:
             made = BACKENDS[self.backend](self, plan, store, cap)
-            made.records.sort(key=lambda c: c.metadata['row']); made.total = store.total()
+            made.records.sort(key=lambda c: c.metadata['row']); made.total = made.total or store.total()
             return made
         finally: store.close()

@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 
+from conftest import slow
 from opd_nb import countdown
 from opd_nb.cleaning import clean
 from opd_nb.dataset import SynthSettings, synthesize
 from opd_nb.replies import Store
 from opd_nb.synthesis import SyntheticDataGenerator
 from opd_nb.types import BadInput
-from test_runs import cut_off
+from test_runs import cut_off, papermill
 
 PUZZLES = dict(countdown=countdown.draw)
 STEP = '[0-9]{1,3}[-+*/][0-9]{1,3}=[0-9]{1,3}'
@@ -221,6 +222,22 @@ def test_offline(tmp_path):
     if not wrap: pytest.skip('works, but this machine cannot take the network away (unshare, ip)')
 
 
+def test_run_notebooks(tmp_path):
+    "synthesize, then validate, with no network; a mistyped parameter fails with the nearest name."
+    wrap = cut_off()
+    done = papermill(tmp_path, '-p', 'n', '30', notebook='synthesize', wrap=wrap)
+    assert done.returncode == 0, done.stderr[-2000:]
+    m = json.loads((tmp_path / 'metrics.json').read_text())
+    assert m['made'] == m['replies'] == 30 and m['kept'] + sum(m['dropped'].values()) == 30
+    (tmp_path / 'v').mkdir()
+    done = papermill(tmp_path / 'v', '-p', 'data', str(tmp_path / 'combined_30.json'), '-p', 'n', '20', notebook='validate', wrap=wrap)
+    assert done.returncode == 0, done.stderr[-2000:]
+    m = json.loads((tmp_path / 'v' / 'metrics.json').read_text())
+    assert m['records'] == 20 and m['answer'] == 1 and 0 < m['topk'] < 1
+    done = papermill(tmp_path, '-p', 'capp', '3', notebook='synthesize')
+    assert done.returncode != 0 and "'cap'" in done.stderr and 'BadInput' in done.stderr
+
+
 def test_trl_reads_it(tmp_path):
     pytest.importorskip('trl'); datasets = pytest.importorskip('datasets')
     from trl.data_utils import is_conversational, maybe_apply_chat_template
@@ -230,3 +247,20 @@ def test_trl_reads_it(tmp_path):
     assert is_conversational(rows[0])
     text = maybe_apply_chat_template(rows[0], LM.load('tiny:student').codec.tok)['text']
     assert done.cleaned.kept[0].reference in text
+
+
+@slow
+def test_nemo_end_to_end(proxy, tmp_path, monkeypatch):
+    "data-designer makes the plan on the same kind of server, asks for nothing twice when it is run again, and writes no key."
+    pytest.importorskip('data_designer')
+    good, key = proxy(0), 'sk-planted-0123456789abcdef'
+    monkeypatch.setenv('PLANTED', key)
+    g = SyntheticDataGenerator('nemo', 'tiny', tmp_path, 'general', base_url=good.url, key='PLANTED', max_tokens=40, options=dict(grammar='root ::= [a-z]{2,8} (" " [a-z]{2,8}){3,6}'))
+    plan = g.mixture(20)
+    made = g.generate(plan)
+    assert len(made.records) == 20 and not made.aside and good.keys == {key} and made.total['dollars'] is None
+    for c, row in zip(made.records, plan.to_dict('records')): assert [m['role'] for m in c.messages] == ['user', 'assistant'] * row['turns'] and c.metadata['row'] == row['row']
+    paid = len(good.ledger)
+    assert g.generate(plan).records != [] and len(good.ledger) == paid
+    assert not [p for p in tmp_path.rglob('*') if p.is_file() and key.encode() in p.read_bytes()]
+    with pytest.raises(BadInput, match='cap'): g.generate(plan, cap=1)
