@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['log', 'EXAMPLE', 'READERS', 'PROMPTS', 'ANSWERS', 'CHATS', 'SPEAKERS', 'ROLES', 'MAKERS', 'Broken', 'parse_json',
-           'read_text', 'read_lines', 'read_jsonl', 'read_json', 'read_csv', 'read_parquet', 'datasets_rows',
-           'read_rows', 'shape_of', 'as_message', 'turns', 'take', 'chat', 'pair', 'alpaca', 'preference',
-           'as_conversation', 'load_conversations', 'save_skipped', 'as_row', 'save_conversations', 'split']
+           'datasets_rows', 'read_rows', 'shape_of', 'as_message', 'turns', 'as_conversation', 'load_conversations',
+           'save_skipped', 'as_row', 'save_conversations', 'split']
 
 # %% ../nbs/06_data.ipynb #c003
 import json
@@ -40,28 +39,28 @@ def parse_json(
     except json.JSONDecodeError as e: return Broken(text, f'is not JSON: {e.msg} in line {first_line + e.lineno}')
 
 # %% ../nbs/06_data.ipynb #c008
-def read_text(path): return path.read_text(encoding='utf-8-sig')
+def _read_text(path): return path.read_text(encoding='utf-8-sig')
 
-def read_lines(path): return [line for line in read_text(path).splitlines() if line.strip()]
+def _read_lines(path): return [line for line in _read_text(path).splitlines() if line.strip()]
 
-def read_jsonl(path): return [parse_json(line, i) for i, line in enumerate(read_text(path).split('\n')) if line.strip()]
+def _read_jsonl(path): return [parse_json(line, i) for i, line in enumerate(_read_text(path).split('\n')) if line.strip()]
 
-def read_json(path):
-    whole = parse_json(read_text(path))
+def _read_json(path):
+    whole = parse_json(_read_text(path))
     if isinstance(whole, Broken): raise BadInput('data', str(path), whole.why, EXAMPLE)
     return next((v for v in whole.values() if isinstance(v, list)), [whole]) if isinstance(whole, dict) else whole
 
-def read_csv(path):
+def _read_csv(path):
     try: rows = pd.read_csv(path, dtype=str, keep_default_na=False, encoding='utf-8-sig').to_dict('records')
     except pd.errors.ParserError as e: raise BadInput('data', str(path), f'is no CSV table: {str(e).strip()}', 'Quote cells that hold commas or line breaks.') from None
     return [{k: v for k, v in row.items() if v.strip()} for row in rows]
 
-def read_parquet(path):
+def _read_parquet(path):
     try: import pyarrow.parquet as pq
     except ImportError: raise BadInput('data', str(path), 'needs pyarrow to be read', 'pip install "opd_nb[data]"') from None
     return pq.read_table(path).to_pylist()
 
-READERS = {'.json': read_json, '.jsonl': read_jsonl, '.csv': read_csv, '.parquet': read_parquet, '.txt': read_lines}
+READERS = {'.json': _read_json, '.jsonl': _read_jsonl, '.csv': _read_csv, '.parquet': _read_parquet, '.txt': _read_lines}
 
 # %% ../nbs/06_data.ipynb #c010
 def datasets_rows(
@@ -142,25 +141,26 @@ def turns(
     return [as_message(m, f'{field}[{i}]') for i, m in enumerate(value)]
 
 # %% ../nbs/06_data.ipynb #c021
-def take(row, names, role):
+def _take(row, names, role):
     "The first of these fields that has something to say, as messages, taken out of the row; none if there is none."
     for field in (k for k in names if k in row):
         if found := turns(row[field], role, field): del row[field]; return found
     return []
 
-def chat(row): return take(row, ('messages', 'conversations', 'conversation'), 'user')
+def _chat(row): return _take(row, ('messages', 'conversations', 'conversation'), 'user')
 
-def pair(row): return take(row, PROMPTS, 'user') + take(row, ANSWERS, 'assistant')
+def _pair(row): return _take(row, PROMPTS, 'user') + _take(row, ANSWERS, 'assistant')
 
-def alpaca(row):
-    asked, extra = (row.pop(k, None) or '' for k in ('instruction', 'input'))
-    return turns(f'{asked}\n\n{extra}' if extra.strip() else asked, 'user', 'instruction') + take(row, ANSWERS, 'assistant')
+def _alpaca(row):
+    asked = _take(row, ('instruction',), 'user')
+    more = _take(row, ('input',), 'user') if asked else []
+    return [dict(role='user', content='\n\n'.join(m['content'] for m in asked + more))][:len(asked)] + _take(row, ANSWERS, 'assistant')
 
-def preference(row):
-    chosen = take(row, ('chosen',), 'assistant')
-    return chosen if chosen and chosen[0]['role'] != 'assistant' else take(row, ('prompt', 'question'), 'user') + chosen
+def _preference(row):
+    chosen = _take(row, ('chosen',), 'assistant')
+    return chosen if chosen and chosen[0]['role'] != 'assistant' else _take(row, ('prompt', 'question'), 'user') + chosen
 
-MAKERS = dict(chat=chat, sharegpt=chat, preference=preference, alpaca=alpaca, pair=pair)
+MAKERS = dict(chat=_chat, sharegpt=_chat, preference=_preference, alpaca=_alpaca, pair=_pair)
 
 # %% ../nbs/06_data.ipynb #c024
 def as_conversation(
@@ -172,7 +172,7 @@ def as_conversation(
     if not isinstance(row, dict): row, shape = ({'messages': row}, 'chat') if isinstance(row, list) else ({'prompt': row}, 'pair')
     left = {k.lower(): parse_json(v) if k in ('messages', 'metadata') and isinstance(v, str) else v for k, v in row.items() if v is not None}
     messages = MAKERS[shape](left)
-    if messages and messages[0]['role'] != 'system': messages = take(left, ('system',), 'system') + messages
+    if messages and messages[0]['role'] != 'system': messages = _take(left, ('system',), 'system') + messages
     if not any(m['role'] == 'user' for m in messages): raise ValueError(f"no user message, or field {next(k for k in row if k.lower() in (*CHATS, *PROMPTS))} has no text")
     own = left.pop('metadata', None) or {}
     if not isinstance(own, dict): raise ValueError('field metadata must be an object')

@@ -15,7 +15,7 @@ import pandas as pd
 
 from .plan import PROMPTS_VERSION, Domain, answer_prompt, question_prompt
 from .replies import OPENAI_URL, find_key
-from .synthesis import Made
+from .asking import Made
 from .types import BadInput, Conversation
 
 # %% ../nbs/07_nemo.ipynb #c006
