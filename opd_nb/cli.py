@@ -46,7 +46,7 @@ def main(
         if argv[0] not in COMMANDS: raise unknown('command', argv[0], COMMANDS)
         return COMMANDS[argv[0]](argv[1:]) or 0
     except BadInput as e: print(f'opd: {e}', file=sys.stderr); return 2
-    except KeyboardInterrupt: print('opd: interrupted; what was written so far is kept. Go on with --resume.', file=sys.stderr); return 130
+    except KeyboardInterrupt: print('opd: interrupted; what was written so far is kept. The same command goes on; train does with --resume.', file=sys.stderr); return 130
 
 # %% ../nbs/14_cli.ipynb #c010
 def read_settings(

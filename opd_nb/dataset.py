@@ -46,7 +46,7 @@ class SynthSettings(BaseModel):
     base_url: str | None = Field(None, description='Address of the endpoint; OpenAI if not set.')
     key: str | None = Field(None, description='Name of the variable that holds the key, for an address of your own.')
     prices: str = Field('', description='Your own prices, as IN,OUT in dollars per million tokens.')
-    max_tokens: int | None = Field(None, ge=1, description='Longest message, in tokens.')
+    max_tokens: int | None = Field(None, ge=1, description='Longest message, in tokens, a hosted model\'s hidden reasoning included.')
     concurrency: int | None = Field(None, ge=1, description='Requests at a time, for openai.')
     per_minute: int | None = Field(None, ge=1, description='Most requests in a minute, for openai.')
     timeout: float | None = Field(None, gt=0, description='Seconds without a byte after which a request is sent again, for openai.')
@@ -153,7 +153,8 @@ def lengths_picture(
     ax = fig.subplots()
     by = {k: [len(words_of(c.reference)) for c in records if c.metadata.get('kind') == k] for k in KINDS}
     by = {k: v for k, v in by.items() if v}
-    ax.hist(list(by.values()), bins=24, stacked=True, label=list(by), color=['#2b6cb0', '#dd6b20', '#2f855a'][:len(by)])
+    most = max(map(max, by.values()))
+    ax.hist(list(by.values()), bins=range(0, most + 2, max(1, most // 30)), align='left', stacked=True, label=list(by), color=['#2b6cb0', '#dd6b20', '#2f855a'][:len(by)])
     ax.set(xlabel='words of an answer', ylabel='records'); ax.legend(frameon=False)
     ax.spines[['top', 'right']].set_visible(False)
     return fig
@@ -172,7 +173,7 @@ def data_report(
         out = io.BytesIO(); figure.savefig(out, format='png', dpi=110)
         picture = f'<img alt="" src="data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}">'
     style = 'body{font:16px/1.5 system-ui,sans-serif;max-width:64rem;margin:2rem auto;padding:0 1rem}img{max-width:100%}table{border-collapse:collapse;font-size:14px}td,th{border:0;border-bottom:1px solid #ddd;padding:.3rem .7rem;text-align:left;vertical-align:top;white-space:pre-wrap}'
-    with pd.option_context('display.max_colwidth', None): body = ''.join(f'<h2>{html.escape(h)}</h2>{t.to_html(index=False, border=0)}' for h, t in tables.items() if len(t))
+    with pd.option_context('display.max_colwidth', None): body = ''.join(f'<h2>{html.escape(h)}</h2>{t.to_html(index=False, border=0, formatters={c: str for c in t})}' for h, t in tables.items() if len(t))
     path.write_text(f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title><style>{style}</style><h1>{html.escape(title)}</h1><p>{html.escape(summary)}</p>{picture}{body}</html>', encoding='utf-8')
     return path
 
@@ -215,7 +216,7 @@ def write_dataset(
     tables = {'Kinds': figures(kept) if kept else pd.DataFrame(), 'Kept and dropped': cleaned.table, 'Set aside': aside, 'Cost': cost, 'Samples': pd.DataFrame(samples),
               'Settings': pd.DataFrame([dict(setting=k, value=str(v)) for k, v in about.items() if v not in (None, '')])}
     picture = lengths_picture(kept) if kept else None
-    files['report'] = data_report(Path(f'{stem}.report.html'), f'{len(kept)} records', str(made), tables, picture)
+    files['report'] = data_report(Path(f'{stem}.report.html'), f'{len(kept)} of {n} records', str(made), tables, picture)
     return files
 
 # %% ../nbs/07_dataset.ipynb #c024

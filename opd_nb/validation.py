@@ -107,7 +107,7 @@ def topk_overlap(
             out.append((float(shared.sum()), len(shared)))
     return out
 
-# %% ../nbs/08_validation.ipynb #c019
+# %% ../nbs/08_validation.ipynb #c021
 GOOD, LOOK = .6, .4
 
 def interval(
@@ -131,7 +131,7 @@ def verdict(
     low = np.nanmin(shares)
     return 'good' if low > GOOD else 'look' if low >= LOOK else 'regenerate'
 
-# %% ../nbs/08_validation.ipynb #c021
+# %% ../nbs/08_validation.ipynb #c023
 @dataclass(frozen=True)
 class Validation:
     "What a teacher thinks of a data set."
@@ -167,7 +167,7 @@ class Validation:
     ) -> Path:
         return data_report(Path(path), f'Validation: {self.verdict}', self.note, {'Overlap': self.shown, 'Lowest answer overlap': self.worst})
 
-# %% ../nbs/08_validation.ipynb #c022
+# %% ../nbs/08_validation.ipynb #c024
 def validate(
     data: str | Path | list,   # a data set, or `Conversation`s
     teacher,                   # a spec, or of `load_teacher`
