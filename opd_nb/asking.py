@@ -109,7 +109,7 @@ class Asking:
 
 # %% ../nbs/07_asking.ipynb #c016
 async def pay(
-    run: Asking,
+    run: Asking,                  # the run this belongs to
     key: str,      # of `request_key`
     sent: dict,    # of `Endpoint.request`
     row: dict,     # of the plan
@@ -127,8 +127,8 @@ async def pay(
 
 # %% ../nbs/07_asking.ipynb #c017
 async def ask(
-    run: Asking,
-    request: Request,
+    run: Asking,                  # the run this belongs to
+    request: Request,             # of `compose`
     row: dict,         # of the plan
     replies: list,     # (role, `Reply`) so far; what this takes is added
 ) -> str:              # text of the message
@@ -147,7 +147,7 @@ async def ask(
 
 # %% ../nbs/07_asking.ipynb #c019
 async def make(
-    run: Asking,
+    run: Asking,                  # the run this belongs to
     row: dict,     # of the plan
 ):
     "One record, or the reason why there is none."
@@ -164,7 +164,7 @@ async def make(
 
 # %% ../nbs/07_asking.ipynb #c021
 async def work(
-    run: Asking,
+    run: Asking,                  # the run this belongs to
     rows,      # iterator over the plan, shared by all workers
     bar,       # progress bar
 ):
@@ -177,10 +177,10 @@ async def work(
         bar.set_postfix_str(money(run.store.total()['dollars']), refresh=False); bar.update()
 
 async def ask_endpoint(
-    plan: pd.DataFrame,
-    endpoint: Endpoint,
-    store: Store,
-    domain: Domain,
+    plan: pd.DataFrame,           # of `make_plan`
+    endpoint: Endpoint,           # that is asked
+    store: Store,                 # where replies are kept
+    domain: Domain,               # of `load_domain`
     models: dict,              # 'question' and 'answer' -> model
     cap: float | None = None,  # dollars, those of earlier runs in this folder included
     concurrency: int = 16,     # requests at a time

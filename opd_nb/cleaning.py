@@ -19,7 +19,7 @@ from .types import Conversation
 WORD = re.compile(r'[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W_]+|[-+*/=<>%$€£]')
 
 def words_of(
-    text: str,
+    text: str,                    # any text
 ) -> list:       # of lower-case words, numbers and signs
     "A text as words."
     return WORD.findall(text.lower())
@@ -126,7 +126,7 @@ def clean(
     return Cleaned(kept, dropped)
 
 def asked(
-    c: Conversation,
+    c: Conversation,              # a conversation
 ) -> str:
     "What the user says in it."
     return '\n'.join(m['content'] for m in c.messages if m['role'] == 'user')

@@ -211,7 +211,7 @@ def save_skipped(
 
 # %% ../nbs/06_data.ipynb #c032
 def as_row(
-    c: Conversation,
+    c: Conversation,              # a conversation
 ) -> dict:            # of text cells
     "A conversation as a row of a table."
     single = [m['role'] for m in c.messages] in (['user'], ['user', 'assistant'])

@@ -71,7 +71,7 @@ def _numbers(field, text, n):
 LOCAL_HAS_NO = ('model', 'question_model', 'base_url', 'concurrency', 'per_minute', 'timeout', 'key', 'limits', 'options')
 
 def generator_of(
-    s: SynthSettings,
+    s: SynthSettings,             # what is wanted
     questions: dict | None = None,  # see `make_plan`
 ) -> SyntheticDataGenerator:
     "The generator that is meant."
@@ -113,7 +113,7 @@ def parse_weights(
 
 # %% ../nbs/07_dataset.ipynb #c014
 def plan_of(
-    settings: SynthSettings,
+    settings: SynthSettings,      # what is wanted
     g: SyntheticDataGenerator,   # that draws the plan, if there is none yet
 ) -> pd.DataFrame:
     "The plan in the folder, drawn now or before."
@@ -162,7 +162,7 @@ def lengths_picture(
 # %% ../nbs/07_dataset.ipynb #c019
 def data_report(
     path: Path,        # .html file to write
-    title: str,
+    title: str,                   # heading of the page
     summary: str,      # the result in a sentence
     tables: dict,      # heading -> data frame
     figure=None,       # matplotlib figure
@@ -198,8 +198,8 @@ class Dataset:
 
 # %% ../nbs/07_dataset.ipynb #c023
 def write_dataset(
-    cleaned: Cleaned,
-    made: Made,
+    cleaned: Cleaned,             # of `clean`
+    made: Made,                   # of `generate`
     out: Path,          # folder
     n: int,             # asked for
     about: dict,        # settings, for the page
@@ -221,7 +221,7 @@ def write_dataset(
 
 # %% ../nbs/07_dataset.ipynb #c024
 def synthesize(
-    settings: SynthSettings,
+    settings: SynthSettings,      # what is wanted
     questions: dict | None = None,  # ready-made questions by name, see `make_plan`
     checks: dict | None = None,     # verifiers by the same names, see `clean`
     tell=print,                     # is called with the estimate before anything is asked for

@@ -20,8 +20,8 @@ from .types import BadInput, Conversation
 
 # %% ../nbs/07_nemo.ipynb #c006
 def seed_table(
-    plan: pd.DataFrame,
-    domain: Domain,
+    plan: pd.DataFrame,           # of `make_plan`
+    domain: Domain,               # of `load_domain`
 ) -> pd.DataFrame:     # plan row, question given or '', and the prompts
     "What data-designer is given for each row of a plan."
     def seed(row):
@@ -48,7 +48,7 @@ def columns_of(
 # %% ../nbs/07_nemo.ipynb #c011
 def designer(
     folder,              # where it works
-    base_url: str,
+    base_url: str,                # of the endpoint
     key: str | None,     # name of the variable with the key, see `find_key`
 ):                       # (module of its configuration, `DataDesigner`)
     "data-designer, set up for one endpoint."
@@ -67,8 +67,8 @@ def designer(
 
 # %% ../nbs/07_nemo.ipynb #c012
 def generate_nemo(
-    plan: pd.DataFrame,
-    domain: Domain,
+    plan: pd.DataFrame,           # of `make_plan`
+    domain: Domain,               # of `load_domain`
     models: dict,                 # 'question' and 'answer' -> model
     folder,                       # of the run; data-designer works in a folder inside
     base_url: str | None = None,  # OpenAI's if not given
@@ -110,7 +110,7 @@ def collect(
     found: list,         # rows of data-designer
     turns: int,          # questions in a record
     models: dict,        # 'question' and 'answer' -> model
-    domain: Domain,
+    domain: Domain,               # of `load_domain`
 ):
     "Columns back to conversations."
     by, now = {int(r['row']): r for r in found}, datetime.now(timezone.utc).isoformat(timespec='seconds')

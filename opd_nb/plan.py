@@ -84,10 +84,10 @@ def _checked(weights, domain):
 
 # %% ../nbs/07_plan.ipynb #c012
 def make_plan(
-    domain: Domain,
+    domain: Domain,               # of `load_domain`
     n: int,                       # records
     weights: dict | None = None,  # kind -> weight; every kind that has topics alike if not given
-    seed: int = 0,
+    seed: int = 0,                # of everything random
     questions: dict | None = None,# name -> function (n, seed) that makes `Conversation`s to be answered, for `domain.questions`
 ) -> pd.DataFrame:                # one row for each record
     "Draw what is to be asked for."
@@ -128,7 +128,7 @@ class Request:
 
 # %% ../nbs/07_plan.ipynb #c021
 def question_prompt(
-    domain: Domain,
+    domain: Domain,               # of `load_domain`
     row: dict,       # of a plan
     so_far: list,    # messages of the record; empty for the first question
 ) -> list:           # chat messages
@@ -142,7 +142,7 @@ def question_prompt(
 
 # %% ../nbs/07_plan.ipynb #c022
 def answer_prompt(
-    domain: Domain,
+    domain: Domain,               # of `load_domain`
     row: dict,       # of a plan
     so_far: list,    # messages of the record, a question last
 ) -> list:           # chat messages
@@ -153,7 +153,7 @@ def answer_prompt(
 
 # %% ../nbs/07_plan.ipynb #c023
 def compose(
-    domain: Domain,
+    domain: Domain,               # of `load_domain`
     row: dict,       # of a plan
 ):                   # yields `Request`s, is sent texts, returns chat messages
     "Make one record, message by message."
@@ -168,9 +168,9 @@ def compose(
 
 # %% ../nbs/07_plan.ipynb #c026
 def price(
-    model: str,
-    input_tokens: float,
-    output_tokens: float,
+    model: str,                   # its name
+    input_tokens: float,          # of the prompts
+    output_tokens: float,         # of the replies
     base_url: str | None = None,       # of the endpoint; OpenAI's if not given
     per_million: tuple | None = None,  # dollars for a million input and a million output tokens, if you know better
 ) -> float | None:                     # dollars; None if the price is unknown
@@ -205,8 +205,8 @@ class Estimate:
 
 # %% ../nbs/07_plan.ipynb #c032
 def estimate(
-    plan: pd.DataFrame,
-    domain: Domain,
+    plan: pd.DataFrame,           # of `make_plan`
+    domain: Domain,               # of `load_domain`
     models: dict | None = None,    # 'question' and 'answer' -> model; nothing is priced without
     lengths: dict | None = None,   # (kind, role) -> tokens of a reply; of `LENGTHS` if not given
     per_token: float = 4.,         # characters of a token

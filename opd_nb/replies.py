@@ -62,7 +62,7 @@ class Store:
         kind: str,      # of the record
         role: str,      # 'question' or 'answer'
         chars: int,     # of the prompt
-        reply: Reply,
+        reply: Reply,             # as it arrived
     ) -> Reply:         # with its time
         reply = Reply(**asdict(reply) | dict(time=datetime.now(timezone.utc).isoformat(timespec='seconds')))
         self.db.execute('INSERT INTO replies VALUES (?,?,?,?,?,?,?,?,?,?,?)', (key, kind, role, chars, *asdict(reply).values()))
@@ -77,7 +77,7 @@ class Store:
 
 # %% ../nbs/07_replies.ipynb #c008
 def measured(
-    store: Store,
+    store: Store,                 # where replies are kept
 ) -> dict:         # `lengths`, `per_token` and `basis` of `estimate`; empty without replies
     "What the replies so far say about those to come."
     rows = store.db.execute('SELECT kind, role, avg(output_tokens), count(*) FROM replies GROUP BY kind, role').fetchall()
@@ -112,7 +112,7 @@ class Solution(Form):
     def content(self) -> str: return '\n'.join(s.strip() for s in [*self.steps, '', self.answer]).strip()
 
 def form_of(
-    request: Request,
+    request: Request,             # of `compose`
 ) -> type:          # a `Form`
     "Which form a request's reply must have."
     return Question if request.role == 'question' else Solution if request.steps else Answer
@@ -142,7 +142,7 @@ class SetAside(Exception):
 class Unusable(Exception): "A reply that may come out better on a second try."
 
 def read_reply(
-    reply: Reply,
+    reply: Reply,                 # as it arrived
     form: type,      # a `Form`
 ) -> str:            # the message in it
     "The text of a reply; raises `Unusable` or `SetAside`."
@@ -162,7 +162,7 @@ OPENAI_URL = 'https://api.openai.com/v1'
 def find_key(
     base_url: str,            # of the endpoint
     name: str | None = None,  # of the variable that holds the key, for an address that is not in `KEY_OF`
-    env_file: str = '.env',
+    env_file: str = '.env',       # read after the environment
 ) -> SecretStr:               # empty for an address that needs none
     "The key for an endpoint."
     host = urlparse(base_url).hostname or ''
@@ -194,27 +194,27 @@ class Endpoint:
         return AsyncOpenAI(base_url=self.url, api_key=self.secret.get_secret_value() or 'none', timeout=self.timeout, max_retries=self.retries)
 
     def request(self,
-        model: str,
+        model: str,               # its name
         messages: list,   # chat messages
         form: type,       # the reply's `Form`
     ) -> dict:            # what is sent
         return dict(model=model, messages=messages, response_format=response_format(form, self.limits), max_completion_tokens=self.max_tokens, **self.options)
 
     def cost(self,
-        model: str,
-        input_tokens: float,
-        output_tokens: float,
+        model: str,               # its name
+        input_tokens: float,      # of the prompts
+        output_tokens: float,     # of the replies
     ) -> float | None:   # dollars; None if the price is unknown
         return price(model, input_tokens, output_tokens, self.url, self.per_million)
 
     def tell(self,
-        error: Exception,
+        error: Exception,         # of the SDK
     ) -> str:             # what it says, without the key
         return f'{type(error).__name__}: {str(error)[:300]}'.replace(self.secret.get_secret_value() or '\0', '***')
 
 # %% ../nbs/07_replies.ipynb #c025
 def as_reply(
-    endpoint: Endpoint,
+    endpoint: Endpoint,           # that is asked
     got,                  # the SDK's completion
     model: str,           # that was asked
 ) -> Reply:
@@ -228,7 +228,7 @@ def as_reply(
 
 # %% ../nbs/07_replies.ipynb #c027
 async def send(
-    endpoint: Endpoint,
+    endpoint: Endpoint,           # that is asked
     client,           # of `Endpoint.client`
     request: dict,    # of `Endpoint.request`
 ) -> Reply:

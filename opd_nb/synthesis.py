@@ -21,9 +21,9 @@ from .types import BadInput, Conversation, unknown
 def generate_local(
     teacher,                   # of `load_teacher`
     name: str,                 # its spec, for the provenance
-    store: Store,
-    plan: pd.DataFrame,
-    domain: Domain,
+    store: Store,                 # where replies are kept
+    plan: pd.DataFrame,           # of `make_plan`
+    domain: Domain,               # of `load_domain`
     max_tokens: int = 512,     # longest message, in the teacher's tokens
     batch: int = 64,           # rows at a time
 ) -> Made:
@@ -47,7 +47,7 @@ def generate_local(
 def local_round(
     teacher,           # of `load_teacher`
     name: str,         # its spec
-    store: Store,
+    store: Store,                 # where replies are kept
     asked: list,       # (row, steps, replies, `Request`)
     max_tokens: int,   # longest message
     made: Made,        # what is set aside is added here
@@ -70,7 +70,7 @@ def local_round(
         else: on.append((row, steps, replies)); texts.append(reply.text.strip())
     return on, texts
 
-# %% ../nbs/07_synthesis.ipynb #c009
+# %% ../nbs/07_synthesis.ipynb #c011
 BACKENDS = {}
 
 def register_backend(
@@ -103,7 +103,7 @@ def _nemo(g, plan, store, cap):
     made.total = dict(replies=sum(len(c.messages) for c in made.records), input_tokens=None, output_tokens=None, dollars=None)
     return made
 
-# %% ../nbs/07_synthesis.ipynb #c010
+# %% ../nbs/07_synthesis.ipynb #c012
 DEFAULT_MODELS = dict(openai='gpt-6-luna', local='tiny:', nemo='gpt-6-luna')
 
 class SyntheticDataGenerator:
@@ -126,28 +126,28 @@ class SyntheticDataGenerator:
     def mixture(self,
         n: int,                       # records
         weights: dict | None = None,  # kind -> weight
-        seed: int = 0,
+        seed: int = 0,            # of everything random
     ) -> pd.DataFrame:
         "A plan of several kinds."
         return make_plan(self.domain, n, weights, seed, self.questions)
 
     def reasoning(self,
         n: int,         # records
-        seed: int = 0,
+        seed: int = 0,            # of everything random
     ) -> pd.DataFrame: return self.mixture(n, dict(reasoning=1), seed)
 
     def dialogue(self,
         n: int,         # records
-        seed: int = 0,
+        seed: int = 0,            # of everything random
     ) -> pd.DataFrame: return self.mixture(n, dict(dialogue=1), seed)
 
     def instruction(self,
         n: int,         # records
-        seed: int = 0,
+        seed: int = 0,            # of everything random
     ) -> pd.DataFrame: return self.mixture(n, dict(instruction=1), seed)
 
     def estimate(self,
-        plan: pd.DataFrame,
+        plan: pd.DataFrame,       # of `make_plan`
     ):                        # `Estimate`
         "What a plan will take, measured on the replies in the folder if there are any."
         prices = dict(per_million=(0, 0)) if self.backend == 'local' else dict(base_url=self.options.get('base_url'), per_million=self.options.get('per_million'))
@@ -156,7 +156,7 @@ class SyntheticDataGenerator:
         return estimate(plan, self.domain, self.models, **seen, **prices)
 
     def generate(self,
-        plan: pd.DataFrame,
+        plan: pd.DataFrame,       # of `make_plan`
         cap: float | None = None,   # dollars, those already spent in this folder included
     ) -> Made:
         "Make the records of a plan that are not made yet, and return all that are."

@@ -64,14 +64,14 @@ def event_of(
 def top_ids(
     hidden: torch.Tensor,   # [T, d]
     head,                   # `Head`
-    k: int,
+    k: int,                       # how many
 ) -> torch.Tensor:          # [T, k] ids, likeliest first
     "The likeliest tokens at each position, a few rows of logits at a time."
     return torch.cat([head(hidden[s]).topk(k).indices for s in spans(len(hidden))]).cpu()
 
 def teacher_top(
     signal,      # of one answer, from a teacher
-    k: int,
+    k: int,                       # how many
 ) -> torch.Tensor: # [T, k] ids, -1 where the teacher named fewer
     "What a teacher holds likeliest."
     if isinstance(signal, Dense): return top_ids(signal.hidden, signal.head, k)
@@ -83,7 +83,7 @@ def teacher_top(
 def topk_overlap(
     conversations: list,    # with references
     teacher,                # of `load_teacher`
-    student: LM,
+    student: LM,                  # the student, loaded
     k: int = 10,            # tokens compared at a position
     batch: int = 32,        # records at a time
 ) -> list:                  # for each record: (sum of overlaps, positions)
@@ -113,8 +113,8 @@ GOOD, LOOK = .6, .4
 def interval(
     sums,               # [n] one for each record
     counts=None,        # [n] what the sums are to be divided by; ones if not given
-    draws: int = 2000,
-    seed: int = 0,
+    draws: int = 2000,            # bootstrap samples
+    seed: int = 0,                # of everything random
 ) -> tuple:             # share, low, high; NaN where nothing was counted
     "A share with its 95% bootstrap interval over records."
     sums = np.asarray(sums, float)
