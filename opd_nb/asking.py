@@ -63,6 +63,7 @@ class Made:
 
     def __str__(self): return f"{len(self.records)} records, {len(self.aside)} set aside, {self.pending} pending; {self.total['replies']:,} replies, {money(self.total['dollars'])}"
 
+# %% ../nbs/07_asking.ipynb #c011
 def record(
     row: dict,        # of the plan
     messages: list,   # what `compose` returned
@@ -77,7 +78,7 @@ def record(
     about = {k: row[k] for k in ('row', 'seed', 'kind', 'topic', 'difficulty', 'persona', 'language')}
     return Conversation(tuple(messages), about | made_by | given | took | dict(dollars=None if None in cost else sum(cost)) | json.loads(row['metadata']))
 
-# %% ../nbs/07_asking.ipynb #c013
+# %% ../nbs/07_asking.ipynb #c014
 class Pace:
     "Starts of requests, so many a minute."
     def __init__(self,
@@ -92,6 +93,7 @@ class Pace:
         self.next = start + self.gap
         return start - now
 
+# %% ../nbs/07_asking.ipynb #c015
 @dataclass
 class Asking:
     "A run of a plan against an endpoint."
@@ -107,7 +109,7 @@ class Asking:
     failed: int = 0                          # such rows in a row that came to nothing
     error: BadInput | None = None            # why the run has to end
 
-# %% ../nbs/07_asking.ipynb #c016
+# %% ../nbs/07_asking.ipynb #c018
 async def pay(
     run: Asking,                  # the run this belongs to
     key: str,      # of `request_key`
@@ -125,7 +127,7 @@ async def pay(
         paid(reply.dollars or 0)
     return reply
 
-# %% ../nbs/07_asking.ipynb #c017
+# %% ../nbs/07_asking.ipynb #c019
 async def ask(
     run: Asking,                  # the run this belongs to
     request: Request,             # of `compose`
@@ -145,7 +147,7 @@ async def ask(
         messages += [dict(role='user', content=f'This reply cannot be used: {why}. Reply again.')]
     raise SetAside(f'{request.role}: {why}')
 
-# %% ../nbs/07_asking.ipynb #c019
+# %% ../nbs/07_asking.ipynb #c021
 async def make(
     run: Asking,                  # the run this belongs to
     row: dict,     # of the plan
@@ -162,7 +164,7 @@ async def make(
         run.failed += row['row'] in run.fresh
         if run.failed == 20: raise BadInput('endpoint', run.endpoint.url, f'gave nothing usable 20 times in a row; the last: {e.why}', 'What was paid for is kept. Mend that, then run the same again.') from None
 
-# %% ../nbs/07_asking.ipynb #c021
+# %% ../nbs/07_asking.ipynb #c023
 async def work(
     run: Asking,                  # the run this belongs to
     rows,      # iterator over the plan, shared by all workers
@@ -176,6 +178,7 @@ async def work(
         except BadInput as e: run.error = e; return
         bar.set_postfix_str(money(run.store.total()['dollars']), refresh=False); bar.update()
 
+# %% ../nbs/07_asking.ipynb #c024
 async def ask_endpoint(
     plan: pd.DataFrame,           # of `make_plan`
     endpoint: Endpoint,           # that is asked

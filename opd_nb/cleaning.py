@@ -24,6 +24,7 @@ def words_of(
     "A text as words."
     return WORD.findall(text.lower())
 
+# %% ../nbs/07_cleaning.ipynb #c007
 def grams(
     words: list,   # of `words_of`
     n: int,        # words in a gram
@@ -31,7 +32,7 @@ def grams(
     "Runs of n words."
     return {tuple(words[i:i + n]) for i in range(max(1, len(words) - n + 1))}
 
-# %% ../nbs/07_cleaning.ipynb #c009
+# %% ../nbs/07_cleaning.ipynb #c010
 REFUSAL = re.compile(r"^\W*(i'?m (very |so )?sorry,? but|i apologi[sz]e,? but|sorry,? (but )?i|i (can(no|')t|am unable to|am not able to|won't be able to) (help|assist|answer|provide|fulfil|comply|do that|create|write)|as an ai)", re.I)
 
 def _refused(c, answer): return 'the answer is a refusal' if REFUSAL.search(answer.replace('’', "'")) else ''
@@ -57,7 +58,7 @@ def _other_language(c, answer):
 
 CHECKS = dict(empty=_blank, refusal=_refused, cut=_cut_off, language=_other_language)
 
-# %% ../nbs/07_cleaning.ipynb #c012
+# %% ../nbs/07_cleaning.ipynb #c013
 def near_duplicates(
     texts: list,             # questions
     threshold: float = .8,   # Jaccard similarity of their runs of three words, from which a text is dropped
@@ -73,7 +74,7 @@ def near_duplicates(
         else: lsh.insert(i, m)
     return out
 
-# %% ../nbs/07_cleaning.ipynb #c015
+# %% ../nbs/07_cleaning.ipynb #c016
 def contaminated(
     texts: list,     # of the records
     against: list,   # evaluation prompts
@@ -89,7 +90,7 @@ def contaminated(
         if shared: out[i] = ' '.join(shared)
     return out
 
-# %% ../nbs/07_cleaning.ipynb #c018
+# %% ../nbs/07_cleaning.ipynb #c019
 @dataclass(frozen=True)
 class Cleaned:
     "What was kept and what was dropped."
@@ -104,7 +105,7 @@ class Cleaned:
         rows = [dict(reason=name, records=k, share=f'{k / n:.1%}', example=first[name]) for name, k in count.most_common()]
         return pd.DataFrame([dict(reason='kept', records=len(self.kept), share=f'{len(self.kept) / max(1, n):.1%}', example=''), *rows])
 
-# %% ../nbs/07_cleaning.ipynb #c019
+# %% ../nbs/07_cleaning.ipynb #c020
 def clean(
     records: list,         # of `Conversation` with answers
     against: list = (),    # evaluation prompts, see `contaminated`

@@ -90,6 +90,7 @@ def check_settings(
     try: return model(**given)
     except ValidationError as e: raise explain(e.errors()[0], model.model_fields) from None
 
+# %% ../nbs/07_dataset.ipynb #c012
 def notebook_settings(
     model: type,     # a settings class
     names: dict,     # a notebook's `globals()`, right after its parameters
@@ -101,6 +102,7 @@ def notebook_settings(
         if k not in model.model_fields and k not in settings: raise unknown('parameter', k, [*model.model_fields, *settings])
     return check_settings(model, {k: v for k, v in (given | settings).items() if k in model.model_fields and v is not None})
 
+# %% ../nbs/07_dataset.ipynb #c013
 def parse_weights(
     text: str,     # 'reasoning=5,dialogue=3', or nothing
 ) -> dict | None:  # kind -> weight
@@ -111,7 +113,7 @@ def parse_weights(
         if kind.strip() not in KINDS: raise unknown('kind in weights', kind.strip(), KINDS)
     return dict(zip((k.strip() for k, _, _ in pairs), _numbers('weights', ','.join(w for _, _, w in pairs), len(pairs))))
 
-# %% ../nbs/07_dataset.ipynb #c014
+# %% ../nbs/07_dataset.ipynb #c016
 def plan_of(
     settings: SynthSettings,      # what is wanted
     g: SyntheticDataGenerator,   # that draws the plan, if there is none yet
@@ -121,6 +123,7 @@ def plan_of(
     folder = Path(settings.out)
     if not (folder / 'plan.csv').exists():
         plan = g.mixture(settings.n, parse_weights(settings.weights), settings.seed)
+        g.check(plan)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / 'plan.yaml').write_text(yaml.safe_dump(wish, sort_keys=False))
         plan.to_csv(folder / 'plan.csv', index=False)
@@ -129,7 +132,7 @@ def plan_of(
         if wish[k] != v: raise BadInput(k, wish[k], f'differs from {v!r}, with which {folder} was begun', f'Choose another folder, or set {k} back.')
     return read_plan(folder / 'plan.csv')
 
-# %% ../nbs/07_dataset.ipynb #c017
+# %% ../nbs/07_dataset.ipynb #c019
 def figures(
     records: list,   # of `Conversation`
 ) -> pd.DataFrame:   # one row for each kind, and one for all
@@ -143,7 +146,7 @@ def figures(
     kinds = sorted({c.metadata.get('kind', '') for c in records})
     return pd.DataFrame([row(k, [c for c in records if c.metadata.get('kind', '') == k]) for k in kinds] + ([row('all', records)] if len(kinds) > 1 else []))
 
-# %% ../nbs/07_dataset.ipynb #c018
+# %% ../nbs/07_dataset.ipynb #c020
 def lengths_picture(
     records: list,   # of `Conversation`
 ):                   # matplotlib figure
@@ -159,7 +162,7 @@ def lengths_picture(
     ax.spines[['top', 'right']].set_visible(False)
     return fig
 
-# %% ../nbs/07_dataset.ipynb #c019
+# %% ../nbs/07_dataset.ipynb #c021
 def data_report(
     path: Path,        # .html file to write
     title: str,                   # heading of the page
@@ -177,7 +180,7 @@ def data_report(
     path.write_text(f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title><style>{style}</style><h1>{html.escape(title)}</h1><p>{html.escape(summary)}</p>{picture}{body}</html>', encoding='utf-8')
     return path
 
-# %% ../nbs/07_dataset.ipynb #c022
+# %% ../nbs/07_dataset.ipynb #c024
 @dataclass
 class Dataset:
     "What `synthesize` did."
@@ -196,7 +199,7 @@ class Dataset:
         if not self.made: return str(self.estimate)
         return f'{self.made}; {len(self.cleaned.kept)} kept'
 
-# %% ../nbs/07_dataset.ipynb #c023
+# %% ../nbs/07_dataset.ipynb #c025
 def write_dataset(
     cleaned: Cleaned,             # of `clean`
     made: Made,                   # of `generate`
@@ -219,7 +222,7 @@ def write_dataset(
     files['report'] = data_report(Path(f'{stem}.report.html'), f'{len(kept)} of {n} records', str(made), tables, picture)
     return files
 
-# %% ../nbs/07_dataset.ipynb #c024
+# %% ../nbs/07_dataset.ipynb #c026
 def synthesize(
     settings: SynthSettings,      # what is wanted
     questions: dict | None = None,  # ready-made questions by name, see `make_plan`

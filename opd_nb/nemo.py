@@ -104,6 +104,7 @@ def plain(
     if isinstance(content, str) or content is None: return content or ''
     return ''.join(p.get('text', '') if isinstance(p, dict) else str(p) for p in content)
 
+# %% ../nbs/07_nemo.ipynb #c015
 def collect(
     made: Made,          # records and what is set aside are added here
     part: pd.DataFrame,  # rows of the plan

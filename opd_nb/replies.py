@@ -111,13 +111,14 @@ class Solution(Form):
     @property
     def content(self) -> str: return '\n'.join(s.strip() for s in [*self.steps, '', self.answer]).strip()
 
+# %% ../nbs/07_replies.ipynb #c013
 def form_of(
     request: Request,             # of `compose`
 ) -> type:          # a `Form`
     "Which form a request's reply must have."
     return Question if request.role == 'question' else Solution if request.steps else Answer
 
-# %% ../nbs/07_replies.ipynb #c013
+# %% ../nbs/07_replies.ipynb #c014
 def response_format(
     form: type,                 # a `Form`
     limits: dict | None = None, # JSON schema keywords for its texts, such as maxLength or pattern; then there are 8 steps at most, too
@@ -129,7 +130,7 @@ def response_format(
         (p if p['type'] == 'string' else p['items']).update(limits)
     return dict(type='json_schema', json_schema=dict(name=form.__name__.lower(), schema=schema, strict=True))
 
-# %% ../nbs/07_replies.ipynb #c016
+# %% ../nbs/07_replies.ipynb #c017
 class SetAside(Exception):
     "This record will not be made."
     def __init__(self,
@@ -141,6 +142,7 @@ class SetAside(Exception):
 
 class Unusable(Exception): "A reply that may come out better on a second try."
 
+# %% ../nbs/07_replies.ipynb #c018
 def read_reply(
     reply: Reply,                 # as it arrived
     form: type,      # a `Form`
@@ -155,7 +157,7 @@ def read_reply(
     if not text: raise Unusable('its text is empty')
     return text
 
-# %% ../nbs/07_replies.ipynb #c019
+# %% ../nbs/07_replies.ipynb #c021
 KEY_OF = {'api.openai.com': 'OPENAI_API_KEY', 'openrouter.ai': 'OPENROUTER_API_KEY', 'integrate.api.nvidia.com': 'NVIDIA_API_KEY'}
 OPENAI_URL = 'https://api.openai.com/v1'
 
@@ -172,7 +174,7 @@ def find_key(
     if not found: raise BadInput(wanted, None, f'is needed for {host}', f'Put {wanted}=... into .env or the environment.')
     return SecretStr(found)
 
-# %% ../nbs/07_replies.ipynb #c022
+# %% ../nbs/07_replies.ipynb #c024
 class Endpoint:
     "An OpenAI-compatible address, and how it is asked."
     def __init__(self,
@@ -212,7 +214,7 @@ class Endpoint:
     ) -> str:             # what it says, without the key
         return f'{type(error).__name__}: {str(error)[:300]}'.replace(self.secret.get_secret_value() or '\0', '***')
 
-# %% ../nbs/07_replies.ipynb #c025
+# %% ../nbs/07_replies.ipynb #c027
 def as_reply(
     endpoint: Endpoint,           # that is asked
     got,                  # the SDK's completion
@@ -226,7 +228,7 @@ def as_reply(
     finish = 'refusal' if refusal else choice.finish_reason or 'stop' if choice else 'nothing'
     return Reply(refusal or text or '', finish, model, *tokens, endpoint.cost(model, *tokens) if usage else None)
 
-# %% ../nbs/07_replies.ipynb #c027
+# %% ../nbs/07_replies.ipynb #c029
 async def send(
     endpoint: Endpoint,           # that is asked
     client,           # of `Endpoint.client`

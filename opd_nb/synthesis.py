@@ -80,21 +80,20 @@ def register_backend(
     def add(fn): BACKENDS[name] = fn; return fn
     return add
 
+# %% ../nbs/07_synthesis.ipynb #c012
 @register_backend('openai')
 def _openai(g, plan, store, cap):
     own = {k: v for k, v in g.options.items() if k in ('concurrency', 'per_minute')}
     endpoint = Endpoint(**{k: v for k, v in g.options.items() if k not in own})
     return in_thread(partial(ask_endpoint, plan, endpoint, store, g.domain, g.models, cap, **own))
 
+# %% ../nbs/07_synthesis.ipynb #c013
 @register_backend('local')
 def _local(g, plan, store, cap):
     from opd_nb.teachers import load_teacher
-    name = g.models['answer']
-    if name.startswith('tiny:') and ((plan.question == '') | (plan.turns > 1)).any():
-        kinds = ', '.join(sorted(set(plan[(plan.question == '') | (plan.turns > 1)].kind)))
-        raise BadInput('model', name, f'has learned Countdown and nothing else, and cannot write {kinds} for {g.domain.domain_name!r}', 'Take --domain countdown, or another model, such as hf:Qwen/Qwen2.5-7B-Instruct.')
-    return generate_local(load_teacher(name), name, store, plan, g.domain, **g.options)
+    return generate_local(load_teacher(g.models['answer']), g.models['answer'], store, plan, g.domain, **g.options)
 
+# %% ../nbs/07_synthesis.ipynb #c014
 @register_backend('nemo')
 def _nemo(g, plan, store, cap):
     from opd_nb.nemo import generate_nemo
@@ -103,7 +102,7 @@ def _nemo(g, plan, store, cap):
     made.total = dict(replies=sum(len(c.messages) for c in made.records), input_tokens=None, output_tokens=None, dollars=None)
     return made
 
-# %% ../nbs/07_synthesis.ipynb #c012
+# %% ../nbs/07_synthesis.ipynb #c015
 DEFAULT_MODELS = dict(openai='gpt-6-luna', local='tiny:', nemo='gpt-6-luna')
 
 class SyntheticDataGenerator:
@@ -155,11 +154,21 @@ class SyntheticDataGenerator:
         if (self.out / 'replies.sqlite').exists(): store = Store(self.out); seen = measured(store); store.close()
         return estimate(plan, self.domain, self.models, **seen, **prices)
 
+    def check(self,
+        plan: pd.DataFrame,       # of `make_plan`
+    ):
+        "Raise if this plan is more than an embedded model has learned."
+        beyond = plan[(plan.question == '') | (plan.turns > 1)]
+        if self.backend == 'local' and self.models['answer'].startswith('tiny:') and len(beyond):
+            raise BadInput('teacher', self.models['answer'], f'has learned Countdown and nothing else, and cannot write {", ".join(sorted(set(beyond.kind)))} for {self.domain.domain_name!r}',
+                           'Take --domain countdown, or another teacher, such as hf:Qwen/Qwen2.5-7B-Instruct.')
+
     def generate(self,
         plan: pd.DataFrame,       # of `make_plan`
         cap: float | None = None,   # dollars, those already spent in this folder included
     ) -> Made:
         "Make the records of a plan that are not made yet, and return all that are."
+        self.check(plan)
         store = Store(self.out)
         try:
             made = BACKENDS[self.backend](self, plan, store, cap)

@@ -69,6 +69,7 @@ def top_ids(
     "The likeliest tokens at each position, a few rows of logits at a time."
     return torch.cat([head(hidden[s]).topk(k).indices for s in spans(len(hidden))]).cpu()
 
+# %% ../nbs/08_validation.ipynb #c013
 def teacher_top(
     signal,      # of one answer, from a teacher
     k: int,                       # how many
@@ -78,7 +79,7 @@ def teacher_top(
     if isinstance(signal, Sparse) and signal.top_ids.shape[1] >= k: return signal.top_ids[:, :k].cpu()
     raise BadInput('k', k, 'is more than this teacher names' if isinstance(signal, Sparse) else 'needs a teacher that names its likeliest tokens', 'Take a smaller k, or a teacher that runs here.')
 
-# %% ../nbs/08_validation.ipynb #c013
+# %% ../nbs/08_validation.ipynb #c014
 @torch.no_grad()
 def topk_overlap(
     conversations: list,    # with references
@@ -107,7 +108,7 @@ def topk_overlap(
             out.append((float(shared.sum()), len(shared)))
     return out
 
-# %% ../nbs/08_validation.ipynb #c021
+# %% ../nbs/08_validation.ipynb #c022
 GOOD, LOOK = .6, .4
 
 def interval(
@@ -124,6 +125,7 @@ def interval(
     with np.errstate(invalid='ignore'): means = (w @ sums) / (w @ counts)
     return sums.sum() / counts.sum(), *(float(x) for x in np.nanpercentile(means, [2.5, 97.5]))
 
+# %% ../nbs/08_validation.ipynb #c023
 def verdict(
     *shares,     # of one row; NaN for what was not measured
 ) -> str:        # 'good', 'look' or 'regenerate'
@@ -131,7 +133,7 @@ def verdict(
     low = np.nanmin(shares)
     return 'good' if low > GOOD else 'look' if low >= LOOK else 'regenerate'
 
-# %% ../nbs/08_validation.ipynb #c023
+# %% ../nbs/08_validation.ipynb #c025
 @dataclass(frozen=True)
 class Validation:
     "What a teacher thinks of a data set."
@@ -167,7 +169,7 @@ class Validation:
     ) -> Path:
         return data_report(Path(path), f'Validation: {self.verdict}', self.note, {'Overlap': self.shown, 'Lowest answer overlap': self.worst})
 
-# %% ../nbs/08_validation.ipynb #c024
+# %% ../nbs/08_validation.ipynb #c026
 def validate(
     data: str | Path | list,   # a data set, or `Conversation`s
     teacher,                   # a spec, or of `load_teacher`
