@@ -106,7 +106,7 @@ def synth(
     print(done.cleaned.table[['reason', 'records', 'share']].to_string(index=False))
     for name, path in done.files.items(): print(f'{name:9} {path}')
     print('\n' + str(done))
-    if done.made.pending: print('The cap is reached. A higher --cap goes on from here.')
+    if done.made.pending: print('To go on: the same command, with a higher --cap or without --first.')
     return 0
 
 # %% ../nbs/14_cli.ipynb #c017

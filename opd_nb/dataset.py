@@ -53,6 +53,7 @@ class SynthSettings(BaseModel):
     limits: JsonDict = Field({}, description='JSON schema keywords for every text, for small models that do not end by themselves: {"maxLength": 400}.')
     options: JsonDict = Field({}, description='Further parameters of every request: {"temperature": 0.8}.')
     against: str | None = Field(None, description='Data with evaluation prompts; records that contain one are dropped.')
+    first: int | None = Field(None, ge=1, description='Make only so many rows of the plan now, to look at them and to have the rest estimated from them.')
     plan_only: bool = Field(False, description='Write the plan and the estimate, and ask for nothing.')
 
     @property
@@ -236,7 +237,8 @@ def synthesize(
     done = Dataset(g.estimate(plan))
     tell(done.estimate)
     if settings.plan_only: return done
-    done.made = g.generate(plan, settings.cap)
+    done.made = g.generate(plan[:settings.first], settings.cap)
+    done.made.pending += len(plan[settings.first or len(plan):])
     done.cleaned = clean(done.made.records, against, (checks or {}).get(g.domain.questions))
     done.files = dict(plan=Path(settings.out) / 'plan.csv') | write_dataset(done.cleaned, done.made, settings.out, settings.n, settings.model_dump(exclude={'key'}))
     return done

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KEY_OF', 'OPENAI_URL', 'Reply', 'Store', 'measured', 'request_key', 'Form', 'Question', 'Answer', 'Solution',
            'form_of', 'response_format', 'SetAside', 'Unusable', 'read_reply', 'find_key', 'Endpoint', 'as_reply',
-           'send']
+           'whole', 'send']
 
 # %% ../nbs/07_replies.ipynb #c003
 import hashlib
@@ -228,7 +228,19 @@ def as_reply(
     finish = 'refusal' if refusal else choice.finish_reason or 'stop' if choice else 'nothing'
     return Reply(refusal or text or '', finish, model, *tokens, endpoint.cost(model, *tokens) if usage else None)
 
-# %% ../nbs/07_replies.ipynb #c029
+# %% ../nbs/07_replies.ipynb #c030
+async def whole(
+    client,           # of `Endpoint.client`
+    request: dict,    # of `Endpoint.request`
+    tries: int = 3,   # of bodies that are no JSON
+):                    # the SDK's completion
+    "A completion that arrived whole."
+    for left in reversed(range(tries)):
+        try: return await client.chat.completions.create(**request)
+        except ValueError:
+            if not left: raise
+
+# %% ../nbs/07_replies.ipynb #c032
 async def send(
     endpoint: Endpoint,           # that is asked
     client,           # of `Endpoint.client`
@@ -236,7 +248,7 @@ async def send(
 ) -> Reply:
     "One reply. Raises `SetAside` if none came, and `BadInput` if none ever will."
     import openai
-    try: got = await client.chat.completions.create(**request)
+    try: got = await whole(client, request)
     except (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError) as e:
         raise BadInput('endpoint', endpoint.url, f'will not answer ({endpoint.tell(e)})', 'Check the address, the key and the name of the model.') from None
     except openai.OpenAIError as e: raise SetAside(f'no reply: {endpoint.tell(e)}', again=True) from None
