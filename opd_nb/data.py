@@ -173,7 +173,8 @@ def as_conversation(
     left = {k.lower(): parse_json(v) if k in ('messages', 'metadata') and isinstance(v, str) else v for k, v in row.items() if v is not None}
     messages = MAKERS[shape](left)
     if messages and messages[0]['role'] != 'system': messages = _take(left, ('system',), 'system') + messages
-    if not any(m['role'] == 'user' for m in messages): raise ValueError(f"no user message, or field {next(k for k in row if k.lower() in (*CHATS, *PROMPTS))} has no text")
+    if not any(m['role'] == 'user' for m in messages):
+        raise ValueError('there is no user message' if messages and shape in ('chat', 'sharegpt') else f'field {next(k for k in row if k.lower() in (*CHATS, *PROMPTS))} has no text')
     own = left.pop('metadata', None) or {}
     if not isinstance(own, dict): raise ValueError('field metadata must be an object')
     return Conversation(tuple(messages), {k: v for k, v in row.items() if k.lower() in left} | own)
