@@ -48,7 +48,8 @@ def _read_jsonl(path): return [parse_json(line, i) for i, line in enumerate(_rea
 def _read_json(path):
     whole = parse_json(_read_text(path))
     if isinstance(whole, Broken): raise BadInput('data', str(path), whole.why, EXAMPLE)
-    return next((v for v in whole.values() if isinstance(v, list)), [whole]) if isinstance(whole, dict) else whole
+    if not isinstance(whole, dict): return whole
+    return [whole] if 'messages' in whole else next((v for v in whole.values() if isinstance(v, list)), [whole])  # one row, or all of them under a key
 
 def _read_csv(path):
     try: rows = pd.read_csv(path, dtype=str, keep_default_na=False, encoding='utf-8-sig').to_dict('records')
