@@ -82,7 +82,7 @@ def generator_of(
     if s.prices: options['per_million'] = tuple(_numbers('prices', s.prices, 2))
     return SyntheticDataGenerator(s.backend, s.teacher or s.model, s.out, s.domain_name, s.question_model, questions, **options)
 
-# %% ../nbs/07_dataset.ipynb #c011
+# %% ../nbs/07_dataset.ipynb #c012
 def check_settings(
     model: type,     # a settings class
     given: dict,     # setting -> value
@@ -91,7 +91,7 @@ def check_settings(
     try: return model(**given)
     except ValidationError as e: raise explain(e.errors()[0], model.model_fields) from None
 
-# %% ../nbs/07_dataset.ipynb #c012
+# %% ../nbs/07_dataset.ipynb #c014
 def notebook_settings(
     model: type,     # a settings class
     names: dict,     # a notebook's `globals()`, right after its parameters
@@ -103,7 +103,7 @@ def notebook_settings(
         if k not in model.model_fields and k not in settings: raise unknown('parameter', k, [*model.model_fields, *settings])
     return check_settings(model, {k: v for k, v in (given | settings).items() if k in model.model_fields and v is not None})
 
-# %% ../nbs/07_dataset.ipynb #c013
+# %% ../nbs/07_dataset.ipynb #c016
 def parse_weights(
     text: str,     # 'reasoning=5,dialogue=3', or nothing
 ) -> dict | None:  # kind -> weight
@@ -114,7 +114,7 @@ def parse_weights(
         if kind.strip() not in KINDS: raise unknown('kind in weights', kind.strip(), KINDS)
     return dict(zip((k.strip() for k, _, _ in pairs), _numbers('weights', ','.join(w for _, _, w in pairs), len(pairs))))
 
-# %% ../nbs/07_dataset.ipynb #c016
+# %% ../nbs/07_dataset.ipynb #c019
 def plan_of(
     settings: SynthSettings,      # what is wanted
     g: SyntheticDataGenerator,   # that draws the plan, if there is none yet
@@ -133,7 +133,7 @@ def plan_of(
         if wish[k] != v: raise BadInput(k, wish[k], f'differs from {v!r}, with which {folder} was begun', f'Choose another folder, or set {k} back.')
     return read_plan(folder / 'plan.csv')
 
-# %% ../nbs/07_dataset.ipynb #c019
+# %% ../nbs/07_dataset.ipynb #c022
 def figures(
     records: list,   # of `Conversation`
 ) -> pd.DataFrame:   # one row for each kind, and one for all
@@ -147,7 +147,7 @@ def figures(
     kinds = sorted({c.metadata.get('kind', '') for c in records})
     return pd.DataFrame([row(k, [c for c in records if c.metadata.get('kind', '') == k]) for k in kinds] + ([row('all', records)] if len(kinds) > 1 else []))
 
-# %% ../nbs/07_dataset.ipynb #c020
+# %% ../nbs/07_dataset.ipynb #c024
 def lengths_picture(
     records: list,   # of `Conversation`
 ):                   # matplotlib figure
@@ -163,7 +163,7 @@ def lengths_picture(
     ax.spines[['top', 'right']].set_visible(False)
     return fig
 
-# %% ../nbs/07_dataset.ipynb #c021
+# %% ../nbs/07_dataset.ipynb #c027
 def data_report(
     path: Path,        # .html file to write
     title: str,                   # heading of the page
@@ -181,7 +181,7 @@ def data_report(
     path.write_text(f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title><style>{style}</style><h1>{html.escape(title)}</h1><p>{html.escape(summary)}</p>{picture}{body}</html>', encoding='utf-8')
     return path
 
-# %% ../nbs/07_dataset.ipynb #c024
+# %% ../nbs/07_dataset.ipynb #c030
 @dataclass
 class Dataset:
     "What `synthesize` did."
@@ -200,7 +200,7 @@ class Dataset:
         if not self.made: return str(self.estimate)
         return f'{self.made}; {len(self.cleaned.kept)} kept'
 
-# %% ../nbs/07_dataset.ipynb #c025
+# %% ../nbs/07_dataset.ipynb #c031
 def write_dataset(
     cleaned: Cleaned,             # of `clean`
     made: Made,                   # of `generate`
@@ -223,7 +223,7 @@ def write_dataset(
     files['report'] = data_report(Path(f'{stem}.report.html'), f'{len(kept)} of {n} records', str(made), tables, picture)
     return files
 
-# %% ../nbs/07_dataset.ipynb #c026
+# %% ../nbs/07_dataset.ipynb #c032
 def synthesize(
     settings: SynthSettings,      # what is wanted
     questions: dict | None = None,  # ready-made questions by name, see `make_plan`

@@ -75,7 +75,7 @@ class Store:
 
     def close(self): self.db.close()
 
-# %% ../nbs/07_replies.ipynb #c008
+# %% ../nbs/07_replies.ipynb #c009
 def measured(
     store: Store,                 # where replies are kept
 ) -> dict:         # `lengths`, `per_token` and `basis` of `estimate`; empty without replies
@@ -85,7 +85,7 @@ def measured(
     if not tokens: return {}
     return dict(lengths={(k, r): n for k, r, n, _ in rows}, per_token=chars / tokens, basis=f'measured on {sum(r[3] for r in rows):,} replies')
 
-# %% ../nbs/07_replies.ipynb #c009
+# %% ../nbs/07_replies.ipynb #c010
 def request_key(
     row: int,         # of the plan
     attempt: int,     # 0 for the first
@@ -94,7 +94,7 @@ def request_key(
     "Under which a reply is kept."
     return hashlib.sha256(json.dumps([row, attempt, *request], sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
-# %% ../nbs/07_replies.ipynb #c012
+# %% ../nbs/07_replies.ipynb #c013
 class Form(BaseModel):
     "A form that a reply must have."
     model_config = ConfigDict(extra='forbid', strict=True)
@@ -111,14 +111,14 @@ class Solution(Form):
     @property
     def content(self) -> str: return '\n'.join(s.strip() for s in [*self.steps, '', self.answer]).strip()
 
-# %% ../nbs/07_replies.ipynb #c013
+# %% ../nbs/07_replies.ipynb #c014
 def form_of(
     request: Request,             # of `compose`
 ) -> type:          # a `Form`
     "Which form a request's reply must have."
     return Question if request.role == 'question' else Solution if request.steps else Answer
 
-# %% ../nbs/07_replies.ipynb #c014
+# %% ../nbs/07_replies.ipynb #c015
 def response_format(
     form: type,                 # a `Form`
     limits: dict | None = None, # JSON schema keywords for its texts, such as maxLength or pattern; then there are 8 steps at most, too
@@ -130,7 +130,7 @@ def response_format(
         (p if p['type'] == 'string' else p['items']).update(limits)
     return dict(type='json_schema', json_schema=dict(name=form.__name__.lower(), schema=schema, strict=True))
 
-# %% ../nbs/07_replies.ipynb #c017
+# %% ../nbs/07_replies.ipynb #c018
 class SetAside(Exception):
     "This record will not be made."
     def __init__(self,
@@ -142,7 +142,7 @@ class SetAside(Exception):
 
 class Unusable(Exception): "A reply that may come out better on a second try."
 
-# %% ../nbs/07_replies.ipynb #c018
+# %% ../nbs/07_replies.ipynb #c019
 def read_reply(
     reply: Reply,                 # as it arrived
     form: type,      # a `Form`
@@ -157,7 +157,7 @@ def read_reply(
     if not text: raise Unusable('its text is empty')
     return text
 
-# %% ../nbs/07_replies.ipynb #c021
+# %% ../nbs/07_replies.ipynb #c022
 KEY_OF = {'api.openai.com': 'OPENAI_API_KEY', 'openrouter.ai': 'OPENROUTER_API_KEY', 'integrate.api.nvidia.com': 'NVIDIA_API_KEY'}
 OPENAI_URL = 'https://api.openai.com/v1'
 
@@ -174,7 +174,7 @@ def find_key(
     if not found: raise BadInput(wanted, None, f'is needed for {host}', f'Put {wanted}=... into .env or the environment.')
     return SecretStr(found)
 
-# %% ../nbs/07_replies.ipynb #c024
+# %% ../nbs/07_replies.ipynb #c025
 class Endpoint:
     "An OpenAI-compatible address, and how it is asked."
     def __init__(self,
@@ -214,7 +214,7 @@ class Endpoint:
     ) -> str:             # what it says, without the key
         return f'{type(error).__name__}: {str(error)[:300]}'.replace(self.secret.get_secret_value() or '\0', '***')
 
-# %% ../nbs/07_replies.ipynb #c027
+# %% ../nbs/07_replies.ipynb #c028
 def as_reply(
     endpoint: Endpoint,           # that is asked
     got,                  # the SDK's completion
@@ -228,7 +228,7 @@ def as_reply(
     finish = 'refusal' if refusal else choice.finish_reason or 'stop' if choice else 'nothing'
     return Reply(refusal or text or '', finish, model, *tokens, endpoint.cost(model, *tokens) if usage else None)
 
-# %% ../nbs/07_replies.ipynb #c030
+# %% ../nbs/07_replies.ipynb #c031
 async def whole(
     client,           # of `Endpoint.client`
     request: dict,    # of `Endpoint.request`
@@ -240,7 +240,7 @@ async def whole(
         except ValueError:
             if not left: raise
 
-# %% ../nbs/07_replies.ipynb #c032
+# %% ../nbs/07_replies.ipynb #c033
 async def send(
     endpoint: Endpoint,           # that is asked
     client,           # of `Endpoint.client`
