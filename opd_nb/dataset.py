@@ -127,7 +127,8 @@ def plan_of(
         g.check(plan)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / 'plan.yaml').write_text(yaml.safe_dump(wish, sort_keys=False))
-        plan.to_csv(folder / 'plan.csv', index=False)
+        plan.to_csv(folder / 'plan.part', index=False)
+        (folder / 'plan.part').rename(folder / 'plan.csv')  # whole or not at all
     was = yaml.safe_load((folder / 'plan.yaml').read_text()) if (folder / 'plan.yaml').exists() else {}
     for k, v in was.items():
         if wish[k] != v: raise BadInput(k, wish[k], f'differs from {v!r}, with which {folder} was begun', f'Choose another folder, or set {k} back.')
@@ -137,7 +138,7 @@ def plan_of(
 def figures(
     records: list,   # of `Conversation`
 ) -> pd.DataFrame:   # one row for each kind, and one for all
-    "Lengths and diversity. `distinct pairs` is the share of word pairs in the questions that occur once: low means that they are all alike."
+    "Lengths and diversity. `distinct pairs` is the number of different word pairs in the questions, as a share of all: low means that they are all alike."
     def row(name, part):
         questions, answers = [words_of(asked(c)) for c in part], [words_of(c.reference) for c in part]
         pairs = [g for q in questions for g in zip(q, q[1:])]
