@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['log', 'open_folder', 'Run', 'prepare', 'make_optimizers', 'need_references', 'add_lora', 'step_prompts',
-           'epoch_order', 'write_or_take', 'batches', 'distil_rows', 'train_step', 'weighted', 'validate',
-           'save_student', 'newest_checkpoint', 'go_on', 'load_checkpoint', 'note', 'read_log', 'Trained', 'train',
+           'epoch_order', 'write_or_take', 'batches', 'sums', 'train_step', 'weighted', 'validate', 'save_student',
+           'newest_checkpoint', 'go_on', 'load_checkpoint', 'note', 'read_log', 'paused', 'Trained', 'train',
            'keep_best']
 
 # %% ../nbs/09_training.ipynb #c003
@@ -23,14 +23,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from .alignment import align
 from .config import OPDConfig
 from .data import load_conversations, split
-from .health import health, text_figures
-from . import prefix_losses, scalar_losses, spelling_losses  # so that their losses are registered
-from .engine import get_loss, teacher_side
-from .models import LM, read
+from .health import text_figures
+from .distil import distil_rows, loss_for, parts
+from .models import LM
 from .rollouts import as_rollout, rollout
+from .spending import TeacherGone
 from .teachers import load_teacher
 from .types import BadInput
 from .vocab import VocabMap
@@ -86,8 +85,8 @@ def prepare(
     student = LM.load(config.student, 'student', dtype, config.device, token)
     if hasattr(student.model, 'merge_and_unload'): student = replace(student, model=student.model.merge_and_unload())
     if config.lora: student = replace(student, model=add_lora(student.model, config))
-    vocab = VocabMap.build(student.codec, teacher.codec)
-    run = Run(config, student, teacher, vocab, get_loss(config.loss, vocab, beta=config.beta), train, val[:config.val_max_samples])
+    vocab = VocabMap.build(student.codec, teacher.codec) if teacher.codec else None  # an endpoint that only writes may not tell its tokens
+    run = Run(config, student, teacher, vocab, loss_for(config.loss, vocab, teacher, beta=config.beta), train, val[:config.val_max_samples])
     from transformers import get_cosine_schedule_with_warmup
     run.optimizers = make_optimizers(student.model, config.optimizer, config.learning_rate)
     run.schedulers = [get_cosine_schedule_with_warmup(o, config.warmup_steps, config.max_steps) for o in run.optimizers]
@@ -168,22 +167,32 @@ def batches(
     rollouts: list,   # of `Rollout`
     size: int,        # rows in a micro-batch
 ) -> list:
-    "Micro-batches of completions of similar length; completions without a token are left out."
-    rows = sorted((r for r in rollouts if r.ids), key=lambda r: len(r.prompt_ids) + len(r.ids))
-    return [rows[i:i + size] for i in range(0, len(rows), size)]
+    "Micro-batches of completions of similar length. The answers to one prompt stay together, even if they are more than `size`; completions without a token are left out."
+    groups = {}
+    for r in rollouts:
+        if r.ids: groups.setdefault(r.conversation.key, []).append(r)
+    out = [[]]
+    for rows in sorted(groups.values(), key=lambda rows: max(len(r.prompt_ids) + len(r.ids) for r in rows)):
+        if out[-1] and len(out[-1]) + len(rows) > size: out.append([])
+        out[-1] += rows
+    return out if out[0] else []
 
 # %% ../nbs/09_training.ipynb #c027
-def distil_rows(
-    run: Run,      # from `prepare`
-    rows: list,    # of `Rollout`
-) -> tuple:        # the loss's output, health figures
-    "Have both models read what was written, align the two, and compare."
-    signals = run.teacher.score([r.conversation for r in rows], [(r.data, r.stopped) for r in rows])
-    student = read(run.student.model, [r.prompt_ids for r in rows], [r.ids for r in rows])
-    teacher, alignment = teacher_side(signals, len(run.teacher.codec.bytes)), align([r.ends for r in rows], [s.ends for s in signals])
-    figures, out = health(student, teacher, alignment, run.vocab), run.loss(student, teacher, alignment)
-    figures |= {k: v / max(1, len(out)) for k, v in out.logged.items()}
-    return out, figures | dict(teacher_nll=-teacher.logprobs.nanmean().item())
+def sums(
+    run: Run,              # from `prepare`
+    rollouts: list,        # of `Rollout`
+    backward: bool = True, # add the gradients
+) -> tuple:                # loss, weight, units trained, figures
+    "The loss of all micro-batches, by all teachers."
+    total, weight, trained, figures = 0., 0., 0, []
+    for rows in batches(rollouts, run.config.micro_batch):
+        for teacher, mine in parts(run.teacher, rows):
+            out, f = distil_rows(run.student, teacher, run.vocab, run.loss, mine, run.config.score_weight)
+            if out is None: continue
+            if backward and len(out): out.total.backward()
+            total, weight, trained = total + out.total.item(), weight + out.weight, trained + len(out)
+            figures.append((len(mine), f))
+    return total / weight if weight else 0., weight, trained, weighted(figures)
 
 # %% ../nbs/09_training.ipynb #c028
 def train_step(
@@ -193,13 +202,9 @@ def train_step(
     start, model = time.perf_counter(), run.student.model.train()
     torch.manual_seed(run.config.seed * 1_000_003 + run.step)  # for dropout; rollouts have numbers of their own
     rollouts = write_or_take(run, step_prompts(run, run.step), run.step)
-    written, total, weight, trained, figures = time.perf_counter(), 0., 0., 0, []
+    written = time.perf_counter()
     model.zero_grad()
-    for rows in batches(rollouts, run.config.micro_batch):
-        out, f = distil_rows(run, rows)
-        if len(out): out.total.backward()
-        total, weight, trained = total + out.total.item(), weight + out.weight, trained + len(out)
-        figures.append((len(rows), f))
+    loss, weight, trained, figures = sums(run, rollouts)
     for p in model.parameters():
         if p.grad is not None and weight: p.grad /= weight
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), run.config.grad_clip).item()
@@ -207,16 +212,16 @@ def train_step(
     for o in run.optimizers if sane else (): o.step()
     for s in run.schedulers: s.step()
     run.step += 1
-    return dict(event='step', step=run.step, loss=total / weight if weight else 0., trained=trained, skipped=int(not sane), grad_norm=norm, lr=run.schedulers[-1].get_last_lr()[0],
-                **weighted(figures), **text_figures(rollouts), seconds_writing=written - start, seconds=time.perf_counter() - start)
+    return dict(event='step', step=run.step, loss=loss, trained=trained, skipped=int(not sane), grad_norm=norm, lr=run.schedulers[-1].get_last_lr()[0],
+                **figures, **text_figures(rollouts), seconds_writing=written - start, seconds=time.perf_counter() - start)
 
 # %% ../nbs/09_training.ipynb #c030
 def weighted(
     figures: list,   # (weight, {name: value})
 ) -> dict:
-    "Weighted means."
-    n = sum(w for w, _ in figures)
-    return {k: sum(w * f[k] for w, f in figures) / n for k in (figures[0][1] if figures else ())}
+    "Weighted means, of each figure over those that have it."
+    names = dict.fromkeys(k for _, f in figures for k in f)
+    return {k: sum(w * f[k] for w, f in figures if k in f) / sum(w for w, f in figures if k in f) for k in names}
 
 # %% ../nbs/09_training.ipynb #c032
 @torch.no_grad()
@@ -226,12 +231,8 @@ def validate(
     "The same figures on held-out prompts, always with the same random numbers."
     run.student.model.eval()
     rollouts = rollout(run.student, run.val, run.config.max_new_tokens, run.config.seed, 2**31, 0, run.config.temperature, run.config.top_p, run.config.micro_batch)
-    total, weight, figures = 0., 0., []
-    for rows in batches(rollouts, run.config.micro_batch):
-        out, f = distil_rows(run, rows)
-        total, weight = total + out.total.item(), weight + out.weight
-        figures.append((len(rows), f))
-    return dict(event='validation', step=run.step, loss=total / weight if weight else 0., **weighted(figures), **text_figures(rollouts))
+    loss, _, _, figures = sums(run, rollouts, backward=False)
+    return dict(event='validation', step=run.step, loss=loss, **figures, **text_figures(rollouts))
 
 # %% ../nbs/09_training.ipynb #c035
 def save_student(
@@ -304,6 +305,15 @@ def read_log(
     return out
 
 # %% ../nbs/09_training.ipynb #c045
+def paused(
+    run: Run,        # at the step that could not be done
+    gone: TeacherGone, # why
+) -> TeacherGone:    # to be raised
+    "Save the run where it stands, and say how to go on."
+    save_student(run, f'step-{run.step}')
+    return TeacherGone(gone.who, gone.why, f'{gone.remedy} The run is saved at step {run.step}; then go on with: opd train --config {run.config.output_dir / "config.yaml"} --resume')
+
+# %% ../nbs/09_training.ipynb #c047
 @dataclass(frozen=True)
 class Trained:
     "What a run leaves behind."
@@ -314,7 +324,7 @@ class Trained:
     seconds: float    # in the loop, validation and saving included
     steps: int        # taken
 
-# %% ../nbs/09_training.ipynb #c046
+# %% ../nbs/09_training.ipynb #c048
 def train(
     config: OPDConfig,  # settings
     teacher=None,       # see `prepare`
@@ -328,7 +338,8 @@ def train(
     start = time.perf_counter()
     with tqdm(total=config.max_steps, initial=run.step, desc='distil', disable=not progress, mininterval=1) as bar:
         while run.step < config.max_steps and not (config.patience and run.waited >= config.patience):
-            note(run, figures := train_step(run))
+            try: note(run, figures := train_step(run))
+            except TeacherGone as e: raise paused(run, e) from None
             bar.update(); bar.set_postfix(loss=f"{figures['loss']:.3f}", overlap=f"{figures.get('overlap', 0):.2f}", refresh=False)
             last = run.step == config.max_steps
             if run.val and (last or run.step % config.eval_every == 0): keep_best(run)
@@ -337,7 +348,7 @@ def train(
     best = config.output_dir / 'best'
     return Trained(config.output_dir, final, best if best.is_dir() else final, run.events, time.perf_counter() - start, run.step)
 
-# %% ../nbs/09_training.ipynb #c047
+# %% ../nbs/09_training.ipynb #c050
 def keep_best(
     run: Run,      # from `prepare`
 ):
