@@ -1,5 +1,5 @@
 "Each command that README.md shows exists, with the flags it shows."
-import json, re
+import json, re, shlex
 from pathlib import Path
 
 import pytest
@@ -46,8 +46,14 @@ def test_blocks_open_and_close():
     assert len(re.findall(r'^```python', README, re.M)) >= 5
 
 
-def test_python_blocks_compile():
-    for block in re.findall(r'```python\n(.*?)```', README, re.S): compile(block, 'README', 'exec')
+def test_python_blocks_run(tmp_path, monkeypatch):
+    "In the order of the page, after the command that makes their data; with fewer steps."
+    from opd_nb.cli import main
+    monkeypatch.chdir(tmp_path)
+    assert main(shlex.split(next(line for line in lines('opd') if 'synth' in line))[1:]) == 0
+    names = {}
+    for block in re.findall(r'```python\n(.*?)```', README, re.S): exec(re.sub(r'max_steps=\d+', 'max_steps=5', block), names)
+    assert names['done'].steps == 5 and (names['done'].student / 'model.safetensors').exists()
 
 
 def test_links_lead_somewhere():
