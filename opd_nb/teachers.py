@@ -20,9 +20,9 @@ from .types import BadInput, Dense, unknown
 SERVES = dict(
     dense='gkd uld gold strict bpm escd alm pg trust xtoken'.split(),  # whole distributions
     sparse='gkd strict bpm escd alm pg trust'.split(),                 # the likeliest k, and the realised token
-    listed='strict bpm escd'.split(),                                  # the likeliest k alone
-    realised='alm pg trust'.split(),                                   # the realised token alone
-    generated='continuation sft'.split(),                              # its own text
+    listed='gkd strict bpm escd'.split(),                                 # the likeliest k alone
+    realised='alm pg'.split(),                                         # the realised token alone
+    generated=['continuation'],                                        # its own text
     judged=['pg'],                                                     # one mark for a completion
     nothing=[])
 
@@ -46,7 +46,7 @@ class Capabilities:
         return 'judged' if self.mode == 'sequence' else 'generated' if self.generates else 'nothing'
 
     @property
-    def losses(self) -> list: return SERVES[self.kind] + (['continuation', 'sft'] if self.generates and self.kind in ('dense', 'sparse', 'listed', 'realised') else [])
+    def losses(self) -> list: return SERVES[self.kind] + ['sft']  # which needs reference text and no teacher
 
 # %% ../nbs/05_teachers.ipynb #c010
 TEACHERS = {}
