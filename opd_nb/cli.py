@@ -154,7 +154,7 @@ def cache(
     print(f'{answers.path}  {answers.size / 1e6:.1f} MB, {len(answers)} answers')
     for r in answers.table():
         dollars = 'price unknown' if r['dollars'] is None else f"${r['dollars']:.4f}"
-        print(f"{r['model']}  {r['answers']} answers, {(r['tokens_in'] or 0) + (r['tokens_out'] or 0):,} tokens, {dollars}, {r['bytes'] / 1e6:.2f} MB")
+        print(f"{r['model'] or 'list of models'}  {r['answers']} answers, {(r['tokens_in'] or 0) + (r['tokens_out'] or 0):,} tokens, {dollars}, {r['bytes'] / 1e6:.2f} MB")
     return 0
 
 # %% ../nbs/14_cli.ipynb #c022

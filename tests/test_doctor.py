@@ -1,6 +1,7 @@
 "The look before a run, at a real server."
 import pytest
 
+from conftest import real
 from opd_nb.cli import main
 from opd_nb.models import tiny_folder
 from servers import fault_proxy, served
@@ -57,3 +58,21 @@ def test_cache_of_a_real_server(llama, tmp_path, capsys):
     status, _, text = opd(capsys, 'cache', *words)
     assert status == 0 and ' tokens, ' in text and ' answers' in text
     assert '0 answers' in opd(capsys, 'cache', '--clear', *words)[2].splitlines()[1]
+
+
+def test_a_vocabulary_that_spells_little(tmp_path, capsys):
+    "babyllama105 has letters and hardly more; what it cannot spell is a line and no traceback."
+    pytest.importorskip('llama_cpp', reason='a GGUF teacher needs llama-cpp-python: pip install opd_nb[gguf]')
+    from opd_nb.gguf_export import export_gguf
+    gguf = export_gguf(str(real('models', 'babyllama105')), tmp_path / 'm.gguf', 'f32')
+    (tmp_path / 'p.jsonl').write_text('{"prompt": "What is 1 = 1?"}\n')
+    words = ['doctor', '--teacher', f'gguf:{gguf}', '--student', real('models', 'bitllama3M'), '--loss', 'bpm', '--device', 'cpu', '--teacher-n-gpu-layers', 0]
+    status, lines, text = opd(capsys, *words)
+    assert status == 0 and lines[-1] == ['ok', 'loss', 'bpm fits'], text
+    status, lines, _ = opd(capsys, *words, '--data', tmp_path / 'p.jsonl')
+    assert status == 1 and lines[-1][:2] == ['stop', 'pair'] and 'spell' in lines[-1][2]
+
+
+def test_nobody_there(tmp_path, capsys):
+    status, lines, text = opd(capsys, 'doctor', '--teacher', 'api:http://127.0.0.1:9/v1', '--teacher-retries', 0, '--teacher-cache', tmp_path / 'a', '--teacher-api-key', KEY)
+    assert status == 1 and [line[:2] for line in lines] == [['stop', 'teacher']] and KEY not in text
