@@ -63,7 +63,7 @@ class FileCodec(ChatCodec):
             if b''.join(map(middle.table.__getitem__, ids)) != text.encode(): raise ValueError('is not what its tokens spell')
             return types.SimpleNamespace(ids=ids, offsets=None)
         self.tok = FileTokenizer(v, arguments)
-        self.bytes = TokenBytes(v.table, v.special, v.family, types.SimpleNamespace(encode=encode))
+        self.bytes = TokenBytes(v.table, v.special, v.family, types.SimpleNamespace(encode=encode, encode_batch=lambda texts, add_special_tokens=False: list(map(encode, texts))))
         try: lead, end = turn_of(self.tok) if self.tok.chat_template else ('', None)
         except TemplateError as e: raise BadInput('teacher', path.name, f'has a chat template that fails ({e})', 'Choose a file that was converted with its template.') from None
         self.lead = lead.encode()
