@@ -251,8 +251,8 @@ def score_weights(
     if kind not in ('token', 'trajectory'): raise unknown('score_weight', kind, ['none', 'token', 'trajectory'])
     if logprobs.isnan().any(): raise BadInput('score_weight', kind, 'needs the log-probability of every token the student wrote', 'Set score_weight=none, or use a teacher that gives realised log-probabilities.')
     row, of = (torch.as_tensor(ends // alignment.stride) for ends in (alignment.student_ends, alignment.teacher_ends))
-    logprobs = logprobs.double().cpu()
-    mean = torch.zeros(len(prompts), dtype=logprobs.dtype).scatter_reduce(0, of, logprobs, 'mean', include_self=False)
+    logprobs = logprobs.cpu().double().clamp(min=-1e4)  # an impossible token weighs nothing, and spoils no sum
+    mean = logprobs.new_full((len(prompts),), -1e4).scatter_reduce(0, of, logprobs, 'mean', include_self=False)  # nor does a row of which nothing was said
     if kind == 'trajectory':
         siblings = torch.tensor([[a == b for b in prompts] for a in prompts])
         return (siblings.sum(1) * (mean - torch.where(siblings, mean, -torch.inf).logsumexp(1)).exp())[row]
@@ -262,7 +262,7 @@ def score_weights(
     out[inside(alignment.student_start, alignment.student_len)] = torch.as_tensor(np.repeat(per_chunk, alignment.student_len))
     return out
 
-# %% ../nbs/04_engine.ipynb #c036
+# %% ../nbs/04_engine.ipynb #c038
 LOSSES = {}  # name -> `Registered`
 
 @dataclass(frozen=True)
@@ -272,7 +272,7 @@ class Registered:
     needs: str        # 'dense', 'listed', 'realised', 'written' or 'text'
     same_vocab: bool  # only for equal vocabularies
 
-# %% ../nbs/04_engine.ipynb #c037
+# %% ../nbs/04_engine.ipynb #c039
 def register_loss(
     name: str,                # value of the setting `loss`
     needs: str = 'dense',     # the least a teacher must give: 'dense', 'listed', 'realised', 'written' or 'text'
@@ -284,7 +284,7 @@ def register_loss(
         return fn
     return add
 
-# %% ../nbs/04_engine.ipynb #c038
+# %% ../nbs/04_engine.ipynb #c040
 DEFAULT_LOSS = 'gold'  # for unlike vocabularies: the better of gold and strict on the embedded pair, so far
 
 def get_loss(
@@ -305,7 +305,7 @@ def get_loss(
         return loss.fn(student, teacher, alignment, vocab, **mine)
     return checked
 
-# %% ../nbs/04_engine.ipynb #c039
+# %% ../nbs/04_engine.ipynb #c041
 def refusal(
     name: str,  # the loss that was asked for
     teacher,    # `Side` or `Listed`
@@ -316,7 +316,7 @@ def refusal(
     others = ', '.join(k for k, x in LOSSES.items() if x.needs in teacher.gives) or 'none that is registered'
     return BadInput('loss', name, f'needs {words[LOSSES[name].needs]}; this teacher gives: {", ".join(teacher.gives)}', f'Choose another teacher, or a loss that it can serve: {others}.')
 
-# %% ../nbs/04_engine.ipynb #c042
+# %% ../nbs/04_engine.ipynb #c044
 _BUILT = weakref.WeakKeyDictionary()  # student tokens -> teacher tokens -> {what: built}
 
 def once(
