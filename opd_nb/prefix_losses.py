@@ -215,7 +215,7 @@ def bpm(
     limit: int | None = None, # see `over_pieces`
 ) -> LossOutput:
     "JSD_β(t, p) at every student position, t the byte-prefix marginal of the teacher, weighted by how much of it is known. What t cannot map is compared with the student's mass outside t's support, floored at 1e-9."
-    if vocab.identical: return gkd(student, teacher, alignment, vocab, 0., limit=limit)  # every token is its own prefix
+    if vocab.identical: return gkd(student, teacher, alignment, vocab, beta, limit=limit)  # every token is its own prefix
     if open_ not in ('drop', 'rest'): raise unknown('open_', open_, ['drop', 'rest'])
     if inside not in ('refuse', 'listed'): raise unknown('inside', inside, ['refuse', 'listed'])
     px = once(vocab, prefixes)

@@ -66,7 +66,7 @@ def escd(
 ) -> LossOutput:
     "JSD_β at shared boundaries plus what the next student token should be. The child term is a cross-entropy, so the sum is not zero at its least."
     if root not in ('exact', 'prefix'): raise unknown('root', root, ['exact', 'prefix'])
-    if vocab.identical: return gkd(student, teacher, alignment, vocab, 0., limit=limit)  # no token needs spelling
+    if vocab.identical: return gkd(student, teacher, alignment, vocab, beta, limit=limit)  # no token needs spelling
     device, logged = student.hidden.device, [0., 0.]
     px, gr, here = once(vocab, prefixes), once(vocab, groups), vocab.to(device)
     s_events, t_events, (s_stops, t_stops) = px.student.events.to(device), px.teacher.events.to(device), map(list, vocab.stops)
@@ -97,7 +97,7 @@ def escd(
     out.logged.update(child_mass=logged[0], child=logged[1])
     return out
 
-# %% ../nbs/04_spelling_losses.ipynb #c016
+# %% ../nbs/04_spelling_losses.ipynb #c018
 @register_loss('xtoken')
 def xtoken(
     student: Side,         # the student's positions
