@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from .alignment import Alignment
-from .types import BadInput, Dense, Head, Sparse, Written, unknown
+from .types import BadInput, Dense, Head, Signal, Sparse, Written, unknown
 from .vocab import VocabMap
 
 # %% ../nbs/04_engine.ipynb #c006
@@ -33,7 +33,7 @@ class Side:
     def width(self) -> int: return self.hidden.shape[1] if self.head.weight is None else self.head.width
 
     @property
-    def gives(self) -> tuple: return 'dense', 'listed', 'realised', 'text'
+    def gives(self) -> tuple: return 'dense', 'listed', *(() if self.logprobs is None else ('realised',)), 'text'
 
     def take(self,
         rows,   # [M] positions
@@ -65,8 +65,9 @@ class Listed:
 
     @property
     def gives(self) -> tuple:
-        return (*(('listed',) if (self.top_ids >= 0).any() else ()), *(('realised',) if not self.logprobs.isnan().all() else ()),
-                *(('written',) if self.starts is not None else ()), 'text')
+        listed, realised = bool((self.top_ids >= 0).any()), not self.logprobs.isnan().all()
+        silent = self.top_ids.shape[1] > 0 and not (listed or realised)  # asked, and no answer came: that says nothing of its kind
+        return (*(('listed',) if listed or silent else ()), *(('realised',) if realised or silent else ()), *(('written',) if self.starts is not None else ()), 'text')
 
     def take(self,
         rows,   # [M] positions
@@ -87,19 +88,21 @@ def teacher_side(
     signals: list,  # of one kind, one for each rollout
     width: int,     # size of the teacher's vocabulary, for lists
 ):                  # `Side` or `Listed`
-    "What a teacher said of a batch, laid end to end."
-    if len({type(s) for s in signals}) != 1: raise BadInput('teacher', sorted({type(s).__name__ for s in signals}), 'must give signals of one kind in a batch', 'Score with one teacher at a time.')
+    "What a teacher said of a batch, laid end to end. A plain `Signal` is a list without entries."
+    kinds = {Sparse if type(s) is Signal else type(s) for s in signals}
+    if len(kinds) != 1: raise BadInput('teacher', sorted(k.__name__ for k in kinds), 'must give signals of one kind in a batch', 'Score with one teacher at a time.')
     first, ids = signals[0], [i for s in signals for i in s.ids]
     logprobs = torch.cat([torch.full((len(s.ids),), torch.nan) if s.logprobs is None else s.logprobs for s in signals])
     if isinstance(first, Dense):
         return Side(torch.cat([s.hidden for s in signals]), torch.tensor(ids, device=first.hidden.device), first.head, logprobs)
-    tops = [(s.top_ids, s.top_logprobs) if isinstance(first, Sparse) else (torch.full((len(s.ids), 1), -1), torch.zeros(len(s.ids), 1)) for s in signals]
+    lists = kinds == {Sparse}
+    tops = [(s.top_ids, s.top_logprobs) if isinstance(s, Sparse) else (torch.full((len(s.ids), int(lists)), -1), torch.zeros(len(s.ids), int(lists))) for s in signals]
     k = max(i.shape[1] for i, _ in tops)
     pad = lambda x, fill: torch.nn.functional.pad(x, (0, k - x.shape[1]), value=fill)
     starts = torch.tensor([s.start for s in signals]) if isinstance(first, Written) else None
     return Listed(torch.tensor(ids, dtype=torch.long), logprobs, torch.cat([pad(i, -1) for i, _ in tops]), torch.cat([pad(p, 0.) for _, p in tops]), width, starts)
 
-# %% ../nbs/04_engine.ipynb #c013
+# %% ../nbs/04_engine.ipynb #c015
 class _Pieces(torch.autograd.Function):
     "Sum of `value(k, logits)` over pieces k of rows, with gradients to hidden states, head weight and bias."
     @staticmethod
@@ -125,7 +128,7 @@ class _Pieces(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad): return *(None if g is None else g * grad for g in ctx.saved_tensors), None, None, None
 
-# %% ../nbs/04_engine.ipynb #c014
+# %% ../nbs/04_engine.ipynb #c016
 def add_product(
     out: torch.Tensor,  # [V, d], at least float32
     g: torch.Tensor,    # [N, V]
@@ -137,10 +140,10 @@ def add_product(
     else:
         for i in range(0, len(out), block): out[i:i + block] += g[:, i:i + block].T @ h
 
-# %% ../nbs/04_engine.ipynb #c017
+# %% ../nbs/04_engine.ipynb #c019
 PIECE_BYTES = dict(cpu=64 * 2**20, cuda=512 * 2**20, mps=128 * 2**20)  # logits of one piece, student's and teacher's together
 
-# %% ../nbs/04_engine.ipynb #c018
+# %% ../nbs/04_engine.ipynb #c020
 def piece_bounds(
     rows,        # [U] rows that each unit adds, on the wider side
     limit: int,  # most rows in a piece; a longer unit is a piece by itself
@@ -152,7 +155,7 @@ def piece_bounds(
         used += n
     return bounds + [(start, len(rows))] if len(rows) else []
 
-# %% ../nbs/04_engine.ipynb #c021
+# %% ../nbs/04_engine.ipynb #c023
 def inside(
     start,   # [U] first position of each span
     n,       # [U] its length
@@ -160,7 +163,7 @@ def inside(
     "The positions of all spans, end to end."
     return np.repeat(start - (np.cumsum(n) - n), n) + np.arange(np.sum(n))
 
-# %% ../nbs/04_engine.ipynb #c023
+# %% ../nbs/04_engine.ipynb #c025
 def compact(
     units: Alignment,  # spans in order; they may overlap, and need not cover everything
 ) -> tuple:            # the units in positions of the rows that are left, student rows to take, teacher rows to take
@@ -172,7 +175,7 @@ def compact(
     return replace(units, **dict(zip(('student_start', 'student_len', 'teacher_start', 'teacher_len'), spans)),
                    student_ends=units.student_ends[rows[0]], teacher_ends=units.teacher_ends[rows[1]]), *rows
 
-# %% ../nbs/04_engine.ipynb #c026
+# %% ../nbs/04_engine.ipynb #c028
 @dataclass(frozen=True)
 class LossOutput:
     "What a loss returns: sums, to be divided by the weight of the whole step."
@@ -184,7 +187,7 @@ class LossOutput:
 
     def __len__(self): return len(self.values)
 
-# %% ../nbs/04_engine.ipynb #c027
+# %% ../nbs/04_engine.ipynb #c029
 @dataclass(frozen=True)
 class Piece:
     "Units of one piece, in positions of the piece."
@@ -198,7 +201,7 @@ class Piece:
     units: slice                 # which units of the whole these are
     student_logprobs: torch.Tensor | None = None  # what the student gave its own when it wrote them, if kept
 
-# %% ../nbs/04_engine.ipynb #c029
+# %% ../nbs/04_engine.ipynb #c031
 def over_pieces(
     student: Side,           # the student's positions
     teacher,                 # `Side` or `Listed`: the teacher's, of the same texts
@@ -239,7 +242,7 @@ def over_pieces(
     kept = torch.cat(trained)
     return LossOutput(total, torch.cat(values)[kept], units.student_start[kept.cpu().numpy()], float(w[kept].sum()))
 
-# %% ../nbs/04_engine.ipynb #c033
+# %% ../nbs/04_engine.ipynb #c035
 def score_weights(
     kind: str,             # 'none', 'token' or 'trajectory'
     logprobs: torch.Tensor,# [M] the teacher's log-probabilities of the realised tokens, in nats
@@ -262,7 +265,7 @@ def score_weights(
     out[inside(alignment.student_start, alignment.student_len)] = torch.as_tensor(np.repeat(per_chunk, alignment.student_len))
     return out
 
-# %% ../nbs/04_engine.ipynb #c038
+# %% ../nbs/04_engine.ipynb #c040
 LOSSES = {}  # name -> `Registered`
 
 @dataclass(frozen=True)
@@ -272,7 +275,7 @@ class Registered:
     needs: str        # 'dense', 'listed', 'realised', 'written' or 'text'
     same_vocab: bool  # only for equal vocabularies
 
-# %% ../nbs/04_engine.ipynb #c039
+# %% ../nbs/04_engine.ipynb #c041
 def register_loss(
     name: str,                # value of the setting `loss`
     needs: str = 'dense',     # the least a teacher must give: 'dense', 'listed', 'realised', 'written' or 'text'
@@ -284,7 +287,7 @@ def register_loss(
         return fn
     return add
 
-# %% ../nbs/04_engine.ipynb #c040
+# %% ../nbs/04_engine.ipynb #c042
 DEFAULT_LOSS = 'gold'  # for unlike vocabularies: the better of gold and strict on the embedded pair, so far
 
 def get_loss(
@@ -305,7 +308,7 @@ def get_loss(
         return loss.fn(student, teacher, alignment, vocab, **mine)
     return checked
 
-# %% ../nbs/04_engine.ipynb #c041
+# %% ../nbs/04_engine.ipynb #c043
 def refusal(
     name: str,  # the loss that was asked for
     teacher,    # `Side` or `Listed`
@@ -316,7 +319,7 @@ def refusal(
     others = ', '.join(k for k, x in LOSSES.items() if x.needs in teacher.gives) or 'none that is registered'
     return BadInput('loss', name, f'needs {words[LOSSES[name].needs]}; this teacher gives: {", ".join(teacher.gives)}', f'Choose another teacher, or a loss that it can serve: {others}.')
 
-# %% ../nbs/04_engine.ipynb #c044
+# %% ../nbs/04_engine.ipynb #c046
 _BUILT = weakref.WeakKeyDictionary()  # student tokens -> teacher tokens -> {what: built}
 
 def once(
