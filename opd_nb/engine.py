@@ -94,6 +94,7 @@ def teacher_side(
     first, ids = signals[0], [i for s in signals for i in s.ids]
     logprobs = torch.cat([torch.full((len(s.ids),), torch.nan) if s.logprobs is None else s.logprobs for s in signals])
     if isinstance(first, Dense):
+        if any(s.head.weight is not first.head.weight for s in signals): raise BadInput('teacher', len(signals), 'must give signals of one model in a batch: a side has one head', 'Score with one teacher at a time.')
         return Side(torch.cat([s.hidden for s in signals]), torch.tensor(ids, device=first.hidden.device), first.head, logprobs)
     lists = kinds == {Sparse}
     tops = [(s.top_ids, s.top_logprobs) if isinstance(s, Sparse) else (torch.full((len(s.ids), int(lists)), -1), torch.zeros(len(s.ids), int(lists))) for s in signals]

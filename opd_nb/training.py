@@ -167,10 +167,12 @@ def write_or_take(
 def batches(
     rollouts: list,   # of `Rollout`
     size: int,        # rows in a micro-batch
+    teacher=None,     # see `load_teacher`; where it is several, each micro-batch belongs to one of them
 ) -> list:
     "Micro-batches of completions of similar length; completions without a token are left out."
     rows = sorted((r for r in rollouts if r.ids), key=lambda r: len(r.prompt_ids) + len(r.ids))
-    return [rows[i:i + size] for i in range(0, len(rows), size)]
+    groups = [mine for _, mine in teacher.split([r.conversation for r in rows])] if hasattr(teacher, 'split') else [range(len(rows))]
+    return [[rows[j] for j in mine[i:i + size]] for mine in groups for i in range(0, len(mine), size)]
 
 # %% ../nbs/09_training.ipynb #c027
 def distil_rows(
@@ -195,7 +197,7 @@ def train_step(
     rollouts = write_or_take(run, step_prompts(run, run.step), run.step)
     written, total, weight, trained, figures = time.perf_counter(), 0., 0., 0, []
     model.zero_grad()
-    for rows in batches(rollouts, run.config.micro_batch):
+    for rows in batches(rollouts, run.config.micro_batch, run.teacher):
         out, f = distil_rows(run, rows)
         if len(out): out.total.backward()
         total, weight, trained = total + out.total.item(), weight + out.weight, trained + len(out)
@@ -214,9 +216,9 @@ def train_step(
 def weighted(
     figures: list,   # (weight, {name: value})
 ) -> dict:
-    "Weighted means."
-    n = sum(w for w, _ in figures)
-    return {k: sum(w * f[k] for w, f in figures) / n for k in (figures[0][1] if figures else ())}
+    "Weighted means, each over the micro-batches that have the figure."
+    known = [(k, w, x) for w, f in figures for k, x in f.items() if x == x]
+    return {k: sum(w * x for n, w, x in known if n == k) / sum(w for n, w, _ in known if n == k) for k in dict.fromkeys(n for n, _, _ in known)}
 
 # %% ../nbs/09_training.ipynb #c032
 @torch.no_grad()
@@ -227,7 +229,7 @@ def validate(
     run.student.model.eval()
     rollouts = rollout(run.student, run.val, run.config.max_new_tokens, run.config.seed, 2**31, 0, run.config.temperature, run.config.top_p, run.config.micro_batch)
     total, weight, figures = 0., 0., []
-    for rows in batches(rollouts, run.config.micro_batch):
+    for rows in batches(rollouts, run.config.micro_batch, run.teacher):
         out, f = distil_rows(run, rows)
         total, weight = total + out.total.item(), weight + out.weight
         figures.append((len(rows), f))
