@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PIECE_BYTES', 'LOSSES', 'DEFAULT_LOSS', 'Side', 'Listed', 'teacher_side', 'add_product', 'piece_bounds', 'inside',
            'compact', 'LossOutput', 'Piece', 'over_pieces', 'score_weights', 'Registered', 'register_loss', 'get_loss',
-           'refusal', 'once']
+           'led', 'refusal', 'once']
 
 # %% ../nbs/04_engine.ipynb #c003
 import inspect
@@ -95,7 +95,7 @@ def teacher_side(
     logprobs = torch.cat([torch.full((len(s.ids),), torch.nan) if s.logprobs is None else s.logprobs for s in signals])
     if isinstance(first, Dense):
         if any(s.head.weight is not first.head.weight for s in signals): raise BadInput('teacher', len(signals), 'must give signals of one model in a batch: a side has one head', 'Score with one teacher at a time.')
-        return Side(torch.cat([s.hidden for s in signals]), torch.tensor(ids, device=first.hidden.device), first.head, logprobs)
+        return Side(torch.cat([s.hidden for s in signals]), torch.tensor(ids, dtype=torch.long, device=first.hidden.device), first.head, logprobs)
     lists = kinds == {Sparse}
     tops = [(s.top_ids, s.top_logprobs) if isinstance(s, Sparse) else (torch.full((len(s.ids), int(lists)), -1), torch.zeros(len(s.ids), int(lists))) for s in signals]
     k = max(i.shape[1] for i, _ in tops)
@@ -306,10 +306,26 @@ def get_loss(
     mine = {k: v for k, v in options.items() if k in inspect.signature(loss.fn).parameters}
     def checked(student, teacher, alignment):
         if loss.needs not in teacher.gives: raise refusal(name, teacher)
+        if loss.needs in ('dense', 'listed') and None not in vocab.tokens:  # those that compare distributions
+            s, t = (led(side.ids, ends, alignment.stride, tokens) for side, ends, tokens in zip((student, teacher), (alignment.student_ends, alignment.teacher_ends), vocab.tokens))
+            alignment = alignment.select(s[alignment.student_start] == t[alignment.teacher_start])
         return loss.fn(student, teacher, alignment, vocab, **mine)
     return checked
 
 # %% ../nbs/04_engine.ipynb #c043
+def led(
+    ids: torch.Tensor,  # [N] realised tokens
+    ends: np.ndarray,   # [N] laid-out ends, see `Alignment`
+    stride: int,        # of the alignment
+    tokens,             # `TokenBytes` of that side
+) -> np.ndarray:        # [N] bytes of the template that the token begins with, 0 almost everywhere
+    "First tokens of a turn that hold more than the answer's bytes, as `▁The` does where the template writes a blank before it."
+    row = ends // stride
+    start = np.where(np.diff(row, prepend=-1) != 0, row * stride, np.roll(ends, 1))
+    n, whole = ends - start, tokens.lengths[ids.cpu().numpy()]
+    return np.where((start % stride == 0) & (n > 0) & (n < whole), whole - n, 0)
+
+# %% ../nbs/04_engine.ipynb #c046
 def refusal(
     name: str,  # the loss that was asked for
     teacher,    # `Side` or `Listed`
@@ -320,7 +336,7 @@ def refusal(
     others = ', '.join(k for k, x in LOSSES.items() if x.needs in teacher.gives) or 'none that is registered'
     return BadInput('loss', name, f'needs {words[LOSSES[name].needs]}; this teacher gives: {", ".join(teacher.gives)}', f'Choose another teacher, or a loss that it can serve: {others}.')
 
-# %% ../nbs/04_engine.ipynb #c046
+# %% ../nbs/04_engine.ipynb #c049
 _BUILT = weakref.WeakKeyDictionary()  # student tokens -> teacher tokens -> {what: built}
 
 def once(
