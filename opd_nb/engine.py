@@ -80,8 +80,8 @@ class Listed:
     ) -> torch.Tensor:     # [rows, V] in nats, -inf where nothing is listed
         "The lists as rows over the whole vocabulary."
         ids, known = self.top_ids[rows], self.top_logprobs[rows]
-        out = known.new_full((len(ids), self.width + 1), -torch.inf)  # the last column takes the padding
-        return out.scatter(1, torch.where(ids < 0, self.width, ids), known)[:, :-1]
+        out = known.new_full((len(ids), self.width + 1), -torch.inf)  # the last column takes the padding, and ids that mean nothing
+        return out.scatter(1, torch.where((ids < 0) | (ids >= self.width), self.width, ids), known)[:, :-1]
 
 # %% ../nbs/04_engine.ipynb #c010
 def teacher_side(
@@ -96,8 +96,7 @@ def teacher_side(
     if isinstance(first, Dense):
         if any(s.head.weight is not first.head.weight for s in signals): raise BadInput('teacher', len(signals), 'must give signals of one model in a batch: a side has one head', 'Score with one teacher at a time.')
         return Side(torch.cat([s.hidden for s in signals]), torch.tensor(ids, dtype=torch.long, device=first.hidden.device), first.head, logprobs)
-    lists = kinds == {Sparse}
-    tops = [(s.top_ids, s.top_logprobs) if isinstance(s, Sparse) else (torch.full((len(s.ids), int(lists)), -1), torch.zeros(len(s.ids), int(lists))) for s in signals]
+    tops = [(s.top_ids, s.top_logprobs) if isinstance(s, Sparse) else (torch.full((len(s.ids), int(Sparse in kinds)), -1), torch.zeros(len(s.ids), int(Sparse in kinds))) for s in signals]
     k = max(i.shape[1] for i, _ in tops)
     pad = lambda x, fill: torch.nn.functional.pad(x, (0, k - x.shape[1]), value=fill)
     starts = torch.tensor([s.start for s in signals]) if isinstance(first, Written) else None
@@ -111,7 +110,7 @@ class _Pieces(torch.autograd.Function):
         need_h, need_w, need_b = ctx.needs_input_grad[:3]
         dh = torch.zeros_like(hidden) if need_h else None
         dw = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32)) if need_w else None
-        db = torch.zeros_like(bias) if need_b else None
+        db = torch.zeros_like(bias, dtype=torch.promote_types(bias.dtype, torch.float32)) if need_b else None
         total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
         for k, (start, stop) in enumerate(spans):
             h = hidden[start:stop]
