@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PIECE_BYTES', 'LOSSES', 'DEFAULT_LOSS', 'Side', 'Listed', 'teacher_side', 'add_product', 'piece_bounds', 'inside',
            'compact', 'LossOutput', 'Piece', 'over_pieces', 'score_weights', 'Registered', 'register_loss', 'get_loss',
-           'refusal', 'once']
+           'led', 'refusal', 'once']
 
 # %% ../nbs/04_engine.ipynb #c003
 import inspect
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from .alignment import Alignment
-from .types import BadInput, Dense, Head, Sparse, Written, unknown
+from .types import BadInput, Dense, Head, Signal, Sparse, Written, unknown
 from .vocab import VocabMap
 
 # %% ../nbs/04_engine.ipynb #c006
@@ -33,7 +33,7 @@ class Side:
     def width(self) -> int: return self.hidden.shape[1] if self.head.weight is None else self.head.width
 
     @property
-    def gives(self) -> tuple: return 'dense', 'listed', 'realised', 'text'
+    def gives(self) -> tuple: return 'dense', 'listed', *(() if self.logprobs is None else ('realised',)), 'text'
 
     def take(self,
         rows,   # [M] positions
@@ -65,8 +65,9 @@ class Listed:
 
     @property
     def gives(self) -> tuple:
-        return (*(('listed',) if (self.top_ids >= 0).any() else ()), *(('realised',) if not self.logprobs.isnan().all() else ()),
-                *(('written',) if self.starts is not None else ()), 'text')
+        listed, realised = bool((self.top_ids >= 0).any()), not self.logprobs.isnan().all()
+        silent = self.top_ids.shape[1] > 0 and not (listed or realised)  # asked, and no answer came: that says nothing of its kind
+        return (*(('listed',) if listed or silent else ()), *(('realised',) if realised or silent else ()), *(('written',) if self.starts is not None else ()), 'text')
 
     def take(self,
         rows,   # [M] positions
@@ -79,27 +80,29 @@ class Listed:
     ) -> torch.Tensor:     # [rows, V] in nats, -inf where nothing is listed
         "The lists as rows over the whole vocabulary."
         ids, known = self.top_ids[rows], self.top_logprobs[rows]
-        out = known.new_full((len(ids), self.width + 1), -torch.inf)  # the last column takes the padding
-        return out.scatter(1, torch.where(ids < 0, self.width, ids), known)[:, :-1]
+        out = known.new_full((len(ids), self.width + 1), -torch.inf)  # the last column takes the padding, and ids that mean nothing
+        return out.scatter(1, torch.where((ids < 0) | (ids >= self.width), self.width, ids), known)[:, :-1]
 
 # %% ../nbs/04_engine.ipynb #c010
 def teacher_side(
     signals: list,  # of one kind, one for each rollout
     width: int,     # size of the teacher's vocabulary, for lists
 ):                  # `Side` or `Listed`
-    "What a teacher said of a batch, laid end to end."
-    if len({type(s) for s in signals}) != 1: raise BadInput('teacher', sorted({type(s).__name__ for s in signals}), 'must give signals of one kind in a batch', 'Score with one teacher at a time.')
+    "What a teacher said of a batch, laid end to end. A plain `Signal` is a list without entries."
+    kinds = {Sparse if type(s) is Signal else type(s) for s in signals}
+    if len(kinds) != 1: raise BadInput('teacher', sorted(k.__name__ for k in kinds), 'must give signals of one kind in a batch', 'Score with one teacher at a time.')
     first, ids = signals[0], [i for s in signals for i in s.ids]
     logprobs = torch.cat([torch.full((len(s.ids),), torch.nan) if s.logprobs is None else s.logprobs for s in signals])
     if isinstance(first, Dense):
-        return Side(torch.cat([s.hidden for s in signals]), torch.tensor(ids, device=first.hidden.device), first.head, logprobs)
-    tops = [(s.top_ids, s.top_logprobs) if isinstance(first, Sparse) else (torch.full((len(s.ids), 1), -1), torch.zeros(len(s.ids), 1)) for s in signals]
+        if any(s.head.weight is not first.head.weight for s in signals): raise BadInput('teacher', len(signals), 'must give signals of one model in a batch: a side has one head', 'Score with one teacher at a time.')
+        return Side(torch.cat([s.hidden for s in signals]), torch.tensor(ids, dtype=torch.long, device=first.hidden.device), first.head, logprobs)
+    tops = [(s.top_ids, s.top_logprobs) if isinstance(s, Sparse) else (torch.full((len(s.ids), int(Sparse in kinds)), -1), torch.zeros(len(s.ids), int(Sparse in kinds))) for s in signals]
     k = max(i.shape[1] for i, _ in tops)
     pad = lambda x, fill: torch.nn.functional.pad(x, (0, k - x.shape[1]), value=fill)
     starts = torch.tensor([s.start for s in signals]) if isinstance(first, Written) else None
     return Listed(torch.tensor(ids, dtype=torch.long), logprobs, torch.cat([pad(i, -1) for i, _ in tops]), torch.cat([pad(p, 0.) for _, p in tops]), width, starts)
 
-# %% ../nbs/04_engine.ipynb #c013
+# %% ../nbs/04_engine.ipynb #c015
 class _Pieces(torch.autograd.Function):
     "Sum of `value(k, logits)` over pieces k of rows, with gradients to hidden states, head weight and bias."
     @staticmethod
@@ -107,7 +110,7 @@ class _Pieces(torch.autograd.Function):
         need_h, need_w, need_b = ctx.needs_input_grad[:3]
         dh = torch.zeros_like(hidden) if need_h else None
         dw = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32)) if need_w else None
-        db = torch.zeros_like(bias) if need_b else None
+        db = torch.zeros_like(bias, dtype=torch.promote_types(bias.dtype, torch.float32)) if need_b else None
         total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
         for k, (start, stop) in enumerate(spans):
             h = hidden[start:stop]
@@ -125,7 +128,7 @@ class _Pieces(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad): return *(None if g is None else g * grad for g in ctx.saved_tensors), None, None, None
 
-# %% ../nbs/04_engine.ipynb #c014
+# %% ../nbs/04_engine.ipynb #c016
 def add_product(
     out: torch.Tensor,  # [V, d], at least float32
     g: torch.Tensor,    # [N, V]
@@ -137,10 +140,10 @@ def add_product(
     else:
         for i in range(0, len(out), block): out[i:i + block] += g[:, i:i + block].T @ h
 
-# %% ../nbs/04_engine.ipynb #c017
+# %% ../nbs/04_engine.ipynb #c019
 PIECE_BYTES = dict(cpu=64 * 2**20, cuda=512 * 2**20, mps=128 * 2**20)  # logits of one piece, student's and teacher's together
 
-# %% ../nbs/04_engine.ipynb #c018
+# %% ../nbs/04_engine.ipynb #c020
 def piece_bounds(
     rows,        # [U] rows that each unit adds, on the wider side
     limit: int,  # most rows in a piece; a longer unit is a piece by itself
@@ -152,7 +155,7 @@ def piece_bounds(
         used += n
     return bounds + [(start, len(rows))] if len(rows) else []
 
-# %% ../nbs/04_engine.ipynb #c021
+# %% ../nbs/04_engine.ipynb #c023
 def inside(
     start,   # [U] first position of each span
     n,       # [U] its length
@@ -160,7 +163,7 @@ def inside(
     "The positions of all spans, end to end."
     return np.repeat(start - (np.cumsum(n) - n), n) + np.arange(np.sum(n))
 
-# %% ../nbs/04_engine.ipynb #c023
+# %% ../nbs/04_engine.ipynb #c025
 def compact(
     units: Alignment,  # spans in order; they may overlap, and need not cover everything
 ) -> tuple:            # the units in positions of the rows that are left, student rows to take, teacher rows to take
@@ -172,7 +175,7 @@ def compact(
     return replace(units, **dict(zip(('student_start', 'student_len', 'teacher_start', 'teacher_len'), spans)),
                    student_ends=units.student_ends[rows[0]], teacher_ends=units.teacher_ends[rows[1]]), *rows
 
-# %% ../nbs/04_engine.ipynb #c026
+# %% ../nbs/04_engine.ipynb #c028
 @dataclass(frozen=True)
 class LossOutput:
     "What a loss returns: sums, to be divided by the weight of the whole step."
@@ -184,7 +187,7 @@ class LossOutput:
 
     def __len__(self): return len(self.values)
 
-# %% ../nbs/04_engine.ipynb #c027
+# %% ../nbs/04_engine.ipynb #c029
 @dataclass(frozen=True)
 class Piece:
     "Units of one piece, in positions of the piece."
@@ -198,7 +201,7 @@ class Piece:
     units: slice                 # which units of the whole these are
     student_logprobs: torch.Tensor | None = None  # what the student gave its own when it wrote them, if kept
 
-# %% ../nbs/04_engine.ipynb #c029
+# %% ../nbs/04_engine.ipynb #c031
 def over_pieces(
     student: Side,           # the student's positions
     teacher,                 # `Side` or `Listed`: the teacher's, of the same texts
@@ -239,7 +242,7 @@ def over_pieces(
     kept = torch.cat(trained)
     return LossOutput(total, torch.cat(values)[kept], units.student_start[kept.cpu().numpy()], float(w[kept].sum()))
 
-# %% ../nbs/04_engine.ipynb #c033
+# %% ../nbs/04_engine.ipynb #c035
 def score_weights(
     kind: str,             # 'none', 'token' or 'trajectory'
     logprobs: torch.Tensor,# [M] the teacher's log-probabilities of the realised tokens, in nats
@@ -251,8 +254,8 @@ def score_weights(
     if kind not in ('token', 'trajectory'): raise unknown('score_weight', kind, ['none', 'token', 'trajectory'])
     if logprobs.isnan().any(): raise BadInput('score_weight', kind, 'needs the log-probability of every token the student wrote', 'Set score_weight=none, or use a teacher that gives realised log-probabilities.')
     row, of = (torch.as_tensor(ends // alignment.stride) for ends in (alignment.student_ends, alignment.teacher_ends))
-    logprobs = logprobs.double().cpu()
-    mean = torch.zeros(len(prompts), dtype=logprobs.dtype).scatter_reduce(0, of, logprobs, 'mean', include_self=False)
+    logprobs = logprobs.cpu().double().clamp(min=-1e4)  # an impossible token weighs nothing, and spoils no sum
+    mean = logprobs.new_full((len(prompts),), -1e4).scatter_reduce(0, of, logprobs, 'mean', include_self=False)  # nor does a row of which nothing was said
     if kind == 'trajectory':
         siblings = torch.tensor([[a == b for b in prompts] for a in prompts])
         return (siblings.sum(1) * (mean - torch.where(siblings, mean, -torch.inf).logsumexp(1)).exp())[row]
@@ -262,7 +265,7 @@ def score_weights(
     out[inside(alignment.student_start, alignment.student_len)] = torch.as_tensor(np.repeat(per_chunk, alignment.student_len))
     return out
 
-# %% ../nbs/04_engine.ipynb #c036
+# %% ../nbs/04_engine.ipynb #c040
 LOSSES = {}  # name -> `Registered`
 
 @dataclass(frozen=True)
@@ -272,7 +275,7 @@ class Registered:
     needs: str        # 'dense', 'listed', 'realised', 'written' or 'text'
     same_vocab: bool  # only for equal vocabularies
 
-# %% ../nbs/04_engine.ipynb #c037
+# %% ../nbs/04_engine.ipynb #c041
 def register_loss(
     name: str,                # value of the setting `loss`
     needs: str = 'dense',     # the least a teacher must give: 'dense', 'listed', 'realised', 'written' or 'text'
@@ -284,7 +287,7 @@ def register_loss(
         return fn
     return add
 
-# %% ../nbs/04_engine.ipynb #c038
+# %% ../nbs/04_engine.ipynb #c042
 DEFAULT_LOSS = 'gold'  # for unlike vocabularies: the better of gold and strict on the embedded pair, so far
 
 def get_loss(
@@ -302,10 +305,26 @@ def get_loss(
     mine = {k: v for k, v in options.items() if k in inspect.signature(loss.fn).parameters}
     def checked(student, teacher, alignment):
         if loss.needs not in teacher.gives: raise refusal(name, teacher)
+        if loss.needs in ('dense', 'listed') and None not in vocab.tokens:  # those that compare distributions
+            s, t = (led(side.ids, ends, alignment.stride, tokens) for side, ends, tokens in zip((student, teacher), (alignment.student_ends, alignment.teacher_ends), vocab.tokens))
+            alignment = alignment.select(s[alignment.student_start] == t[alignment.teacher_start])
         return loss.fn(student, teacher, alignment, vocab, **mine)
     return checked
 
-# %% ../nbs/04_engine.ipynb #c039
+# %% ../nbs/04_engine.ipynb #c043
+def led(
+    ids: torch.Tensor,  # [N] realised tokens
+    ends: np.ndarray,   # [N] laid-out ends, see `Alignment`
+    stride: int,        # of the alignment
+    tokens,             # `TokenBytes` of that side
+) -> np.ndarray:        # [N] bytes of the template that the token begins with, 0 almost everywhere
+    "First tokens of a turn that hold more than the answer's bytes, as `▁The` does where the template writes a blank before it."
+    row = ends // stride
+    start = np.where(np.diff(row, prepend=-1) != 0, row * stride, np.roll(ends, 1))
+    n, whole = ends - start, tokens.lengths[ids.cpu().numpy()]
+    return np.where((start % stride == 0) & (n > 0) & (n < whole), whole - n, 0)
+
+# %% ../nbs/04_engine.ipynb #c046
 def refusal(
     name: str,  # the loss that was asked for
     teacher,    # `Side` or `Listed`
@@ -316,7 +335,7 @@ def refusal(
     others = ', '.join(k for k, x in LOSSES.items() if x.needs in teacher.gives) or 'none that is registered'
     return BadInput('loss', name, f'needs {words[LOSSES[name].needs]}; this teacher gives: {", ".join(teacher.gives)}', f'Choose another teacher, or a loss that it can serve: {others}.')
 
-# %% ../nbs/04_engine.ipynb #c042
+# %% ../nbs/04_engine.ipynb #c049
 _BUILT = weakref.WeakKeyDictionary()  # student tokens -> teacher tokens -> {what: built}
 
 def once(

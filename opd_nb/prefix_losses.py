@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from .alignment import Alignment
-from .engine import LossOutput, Piece, Side, once, over_pieces, register_loss
+from .engine import LossOutput, Piece, Side, led, once, over_pieces, register_loss
 from .losses import FLOOR, gkd, jsd
 from .projections import Prefixes, Spellings, prefixes
 from .types import unknown
@@ -102,12 +102,14 @@ def places(
 ) -> Places:
     "One pass over the student's positions."
     said, (stops, its_stops), table = reading(a, student_ids, teacher_ids, vocab, px), vocab.stops, vocab.tokens[1].table
+    leads = [led(torch.tensor(ids, dtype=torch.long), ends, a.stride, t) for ids, ends, t in zip((student_ids, teacher_ids), (a.student_ends, a.teacher_ends), vocab.tokens)]
     rows, out, blank, lost = [], [], 0, 0
     for p, g in enumerate(np.searchsorted(a.teacher_ends, said.start[0], side='right').tolist()):
         x, row = int(said.start[0][p]), int(a.student_ends[p] // a.stride)
         if g == a.n_teacher or a.teacher_ends[g] // a.stride != row: lost += 1; continue
         k, ends_here, its_end = x - int(said.start[1][g]), student_ids[p] in stops, teacher_ids[g] in its_stops
-        if ends_here and its_end and not k: rows.append((p, g, g, row)); out.append((-1, None, []))
+        if leads[0][p] != leads[1][g]: lost += 1  # the other side's first token begins in its template
+        elif ends_here and its_end and not k: rows.append((p, g, g, row)); out.append((-1, None, []))
         elif ends_here or its_end or (k and not said.exact[g]): lost += 1
         elif not blanks and said.wrote[p] and not said.wrote[p].strip(b' \t'): blank += 1
         else:
@@ -215,7 +217,7 @@ def bpm(
     limit: int | None = None, # see `over_pieces`
 ) -> LossOutput:
     "JSD_β(t, p) at every student position, t the byte-prefix marginal of the teacher, weighted by how much of it is known. What t cannot map is compared with the student's mass outside t's support, floored at 1e-9."
-    if vocab.identical: return gkd(student, teacher, alignment, vocab, 0., limit=limit)  # every token is its own prefix
+    if vocab.identical: return gkd(student, teacher, alignment, vocab, beta, limit=limit)  # every token is its own prefix
     if open_ not in ('drop', 'rest'): raise unknown('open_', open_, ['drop', 'rest'])
     if inside not in ('refuse', 'listed'): raise unknown('inside', inside, ['refuse', 'listed'])
     px = once(vocab, prefixes)

@@ -125,6 +125,7 @@ def trust(
     limit: int | None = None, # see `over_pieces`
 ) -> LossOutput:
     "Policy gradient and forward KL at 1:1 positions, weighted by min(1, q/p) of the written token. Rows whose token the teacher did not score are left out."
+    if 'realised' not in teacher.gives: raise BadInput('loss', 'trust', f'needs the log-probability of every token the student wrote too; this teacher gives: {", ".join(teacher.gives)}', 'Choose another teacher, or a loss for lists alone: strict, bpm, escd.')
     vocab = vocab.to(student.hidden.device)
     def value(s, q, piece):
         now = realised(s, piece.student_ids)
@@ -139,7 +140,7 @@ def trust(
         return m * policy + (1 - m) * jsd(with_rest(best.values), with_rest(on_p), 0.), known
     return over_pieces(student, teacher, alignment.select(alignment.one_to_one), value, limit)
 
-# %% ../nbs/04_scalar_losses.ipynb #c025
+# %% ../nbs/04_scalar_losses.ipynb #c027
 @register_loss('sft', needs='text')
 def sft(
     student: Side,         # the student's positions
@@ -151,7 +152,7 @@ def sft(
     "Cross-entropy of every token."
     return over_pieces(student, teacher, positions(alignment, np.arange(alignment.n_student)), lambda s, q, piece: -realised(s, piece.student_ids), limit, rows=False)
 
-# %% ../nbs/04_scalar_losses.ipynb #c026
+# %% ../nbs/04_scalar_losses.ipynb #c028
 def positions(
     a: Alignment,
     rows: np.ndarray,  # [U] student positions
@@ -160,7 +161,7 @@ def positions(
     nothing = np.zeros_like(rows)
     return replace(a, student_start=rows, student_len=nothing + 1, teacher_start=nothing, teacher_len=nothing, row=a.student_ends[rows] // a.stride)
 
-# %% ../nbs/04_scalar_losses.ipynb #c029
+# %% ../nbs/04_scalar_losses.ipynb #c031
 @register_loss('continuation', needs='written')
 def continuation(
     student: Side,         # the student's positions in the joined text

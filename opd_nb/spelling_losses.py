@@ -14,7 +14,7 @@ import torch
 from .alignment import Alignment
 from .engine import LossOutput, Side, once, over_pieces, register_loss
 from .losses import gkd, jsd, merge_chunks, with_rest
-from .prefix_losses import columns
+from .prefix_losses import begins, columns
 from .projections import Prefixes, Spellings, prefixes, sub_tokens
 from .types import unknown
 from .vocab import VocabMap
@@ -66,14 +66,15 @@ def escd(
 ) -> LossOutput:
     "JSD_β at shared boundaries plus what the next student token should be. The child term is a cross-entropy, so the sum is not zero at its least."
     if root not in ('exact', 'prefix'): raise unknown('root', root, ['exact', 'prefix'])
-    if vocab.identical: return gkd(student, teacher, alignment, vocab, 0., limit=limit)  # no token needs spelling
+    if vocab.identical: return gkd(student, teacher, alignment, vocab, beta, limit=limit)  # no token needs spelling
     device, logged = student.hidden.device, [0., 0.]
     px, gr, here = once(vocab, prefixes), once(vocab, groups), vocab.to(device)
     s_events, t_events, (s_stops, t_stops) = px.student.events.to(device), px.teacher.events.to(device), map(list, vocab.stops)
     of, first = torch.as_tensor(gr.of, device=device), columns(px.phi[px.start[:-1]], len(px.student), device)
     event_of = {i: px.student.index(vocab.tokens[0].table[i]) for i in set(student.ids.tolist())}
-    more = np.append(np.diff(alignment.student_ends // alignment.stride) == 0, False)[alignment.student_start]  # has a next position
-    units = replace(alignment, student_len=1 + more, teacher_len=np.ones_like(alignment.teacher_len))
+    starts = [np.searchsorted(ends, begins(ends, alignment.stride)[start], side='right') for ends, start in ((alignment.student_ends, alignment.student_start), (alignment.teacher_ends, alignment.teacher_start))]  # past tokens without bytes
+    more = np.append(np.diff(alignment.student_ends // alignment.stride) == 0, False)[starts[0]]  # has a next position
+    units = replace(alignment, student_start=starts[0], student_len=1 + more, teacher_start=starts[1], teacher_len=np.ones_like(alignment.teacher_len))
 
     def value(s, q, piece):
         p, q, r = s.log_softmax(-1), q[piece.teacher_start], piece.student_start
@@ -97,7 +98,7 @@ def escd(
     out.logged.update(child_mass=logged[0], child=logged[1])
     return out
 
-# %% ../nbs/04_spelling_losses.ipynb #c016
+# %% ../nbs/04_spelling_losses.ipynb #c020
 @register_loss('xtoken')
 def xtoken(
     student: Side,         # the student's positions

@@ -219,9 +219,9 @@ def train_step(
 def weighted(
     figures: list,   # (weight, {name: value})
 ) -> dict:
-    "Weighted means, of each figure over those that have it."
-    names = dict.fromkeys(k for _, f in figures for k in f)
-    return {k: sum(w * f[k] for w, f in figures if k in f) / sum(w for w, f in figures if k in f) for k in names}
+    "Weighted means, of each figure over those that have it; one that is not a number counts as not there."
+    have = {k: [(w, f[k]) for w, f in figures if f.get(k, np.nan) == f.get(k, np.nan) and k in f] for k in dict.fromkeys(k for _, f in figures for k in f)}
+    return {k: sum(w * x for w, x in pairs) / sum(w for w, _ in pairs) for k, pairs in have.items() if pairs}
 
 # %% ../nbs/09_training.ipynb #c032
 @torch.no_grad()
