@@ -25,7 +25,7 @@ class Side:
     "Positions of one model, rows laid end to end."
     hidden: torch.Tensor  # [N, d]: row i predicts ids[i]
     ids: torch.Tensor     # [N] realised tokens
-    head: Head
+    head: Head            # its output layer
     logprobs: torch.Tensor | None = None  # [N] log p of the realised tokens when they were written or scored, in nats
     weight: torch.Tensor | None = None    # [N] how much a position counts in the loss; 1 if not set
 

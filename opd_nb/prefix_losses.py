@@ -49,7 +49,9 @@ class Reading:
     exact: np.ndarray   # [M] bool: the teacher's token is content and spells what stands there
 
     def at(self,
-        stride: int, start: int, end: int,  # laid out
+        stride: int,  # of the alignment
+        start: int,   # laid out
+        end: int,     # laid out
     ) -> bytes:
         "What stands between two offsets of a row."
         base = start // stride * stride
@@ -60,8 +62,8 @@ def reading(
     a: Alignment,        # of the batch
     student_ids: list,   # [N]
     teacher_ids: list,   # [M]
-    vocab: VocabMap,
-    px: Prefixes,
+    vocab: VocabMap,     # of the pair
+    px: Prefixes,        # of the pair
 ) -> Reading:
     "What was written, in bytes. A first token whose leading blank belongs to the template loses it."
     starts, (mine, its) = tuple(begins(ends, a.stride) for ends in (a.student_ends, a.teacher_ends)), (t.table for t in vocab.tokens)
@@ -75,7 +77,9 @@ def reading(
 
 # %% ../nbs/04_prefix_losses.ipynb #c012
 def longer(
-    said: Reading, a: Alignment, px: Prefixes,
+    said: Reading,     # of the batch
+    a: Alignment,      # of the batch
+    px: Prefixes,      # of the pair
     x: int,            # laid-out offset at which a student token begins
     left: int,         # bytes of the teacher's token from there on
     g: int,            # that teacher token's position
@@ -96,8 +100,8 @@ def places(
     a: Alignment,        # of the batch
     student_ids: list,   # [N]
     teacher_ids: list,   # [M]
-    vocab: VocabMap,
-    px: Prefixes,
+    vocab: VocabMap,     # of the pair
+    px: Prefixes,        # of the pair
     blanks: bool = False, # positions where the student wrote blanks get a target too
 ) -> Places:
     "One pass over the student's positions."
@@ -132,8 +136,9 @@ def columns(
 
 # %% ../nbs/04_prefix_losses.ipynb #c017
 def mapped(
-    px: Prefixes,
-    lo: int, hi: int,        # teacher events that begin with the written bytes
+    px: Prefixes,        # of the pair
+    lo: int,                 # first teacher event that begins with the written bytes
+    hi: int,                 # past the last
     written: int,            # how many those are
     cap: int | None = None,  # bytes beyond them that may be looked at; all if not set
 ) -> np.ndarray:             # [hi - lo] student event that each goes on with, -1 where nothing is left or nothing fits
@@ -147,7 +152,7 @@ def mapped(
 def target_inside(
     t: torch.Tensor,   # [E + 3] one target, added to
     q: torch.Tensor,   # [E_t] the teacher's probabilities
-    px: Prefixes,
+    px: Prefixes,        # of the pair
     written: bytes,    # what is there of the teacher's token
     cap: int | None,   # see `mapped`
 ) -> torch.Tensor:     # Q(c): probability of all tokens that begin with what is written
@@ -164,7 +169,7 @@ def move_spans(
     t: torch.Tensor,         # [E + 3] one target, changed
     q: torch.Tensor,         # [H, E_t] the teacher's probabilities from the governing position on
     realised: torch.Tensor,  # [H] log-probabilities of the teacher's own tokens there
-    px: Prefixes,
+    px: Prefixes,        # of the pair
     spans: list,             # see `Places`
     token: int,              # column of what the governing token is mapped to
     scale,                   # Q(c), or 1 at a boundary
@@ -178,8 +183,8 @@ def move_spans(
 def prefix_targets(
     q: torch.Tensor,   # [M, V_t] the teacher's log-probabilities
     piece: Piece,      # with one unit for each target
-    pl: Places,
-    px: Prefixes,
+    pl: Places,        # of the batch
+    px: Prefixes,        # of the pair
     teacher_stops,     # ids
     capped: bool = False, # inside a teacher token, map only as far as the realised token reaches
     lists: bool = False,  # the teacher lists some tokens only: no targets inside its tokens, no spans

@@ -35,7 +35,7 @@ TOY_TEACHER = ToyCodec([b'', b'a', b'b', b'c', b' ', b'abc', b'ba', b'cc', b'abc
 
 # %% ../nbs/04_properties.ipynb #c008
 def cut_at_random(
-    codec: ToyCodec,
+    codec: ToyCodec,       # whose tokens
     text: bytes,           # to be cut into tokens of the codec
     stopped: bool,         # append a stop
     rng: random.Random,
@@ -86,7 +86,7 @@ def check_gradient(
 def check_zero(
     loss,                  # as above
     value: bool = True,    # the value has to be zero too, not only the gradient
-    **options,
+    **options,  # of the loss
 ):
     "A student that is its teacher has nothing to learn."
     s, t, al, v = toy_batch(2, same=True)
@@ -99,7 +99,7 @@ def check_zero(
 def check_values(
     loss,                     # as above
     divergence: bool = True,  # must not be negative
-    **options,
+    **options,  # of the loss
 ) -> float:                   # the least value seen, in nats
     "Values over 40 random batches: finite, and not negative where that is claimed."
     least = float('inf')
@@ -127,8 +127,8 @@ def without_token(
 
 # %% ../nbs/04_properties.ipynb #c021
 def check_pieces(
-    loss,       # as above
-    **options,
+    loss,       # (student, teacher, alignment, vocab, **options) -> `LossOutput`
+    **options,  # of the loss
 ):
     "However the work is cut, the sums are the same."
     s, t, al, v = toy_batch(3)
@@ -149,7 +149,9 @@ def check_pieces(
 
 # %% ../nbs/04_properties.ipynb #c022
 def rows_of(
-    student: Side, teacher: Side, alignment,  # a batch
+    student: Side, # of a batch
+    teacher: Side, # of the batch
+    alignment,     # of the batch
     rows: tuple,   # of the batch, in order
 ) -> tuple:        # student, teacher, alignment of these rows alone
     "Part of a batch, as another micro-batch would hold it."
@@ -162,8 +164,8 @@ def rows_of(
 
 # %% ../nbs/04_properties.ipynb #c025
 def check_weights(
-    loss,       # as above
-    **options,
+    loss,       # (student, teacher, alignment, vocab, **options) -> `LossOutput`
+    **options,  # of the loss
 ):
     "Position weights scale what they stand at and nothing else."
     s, t, al, v = toy_batch(4)
@@ -188,8 +190,8 @@ def listed(
 
 # %% ../nbs/04_properties.ipynb #c028
 def check_listed(
-    loss,       # as above
-    **options,
+    loss,       # (student, teacher, alignment, vocab, **options) -> `LossOutput`
+    **options,  # of the loss
 ):
     "Lists in the place of distributions."
     s, t, al, v = toy_batch(5)

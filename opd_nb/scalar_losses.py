@@ -70,7 +70,7 @@ def alm(
 
 # %% ../nbs/04_scalar_losses.ipynb #c011
 def with_next(
-    a: Alignment,
+    a: Alignment,      # of the batch
 ) -> tuple:       # units that also hold the next position of both sides, where there is one; [U] 1 where there is
     "Chunks together with the positions that predict what comes after them."
     more = np.ones(len(a), np.int64)
@@ -154,7 +154,7 @@ def sft(
 
 # %% ../nbs/04_scalar_losses.ipynb #c028
 def positions(
-    a: Alignment,
+    a: Alignment,      # of the batch
     rows: np.ndarray,  # [U] student positions
 ) -> Alignment:
     "Single student positions as units, without teacher positions."

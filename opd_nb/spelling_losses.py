@@ -41,8 +41,8 @@ def groups(
 
 # %% ../nbs/04_spelling_losses.ipynb #c008
 def children(
-    gr: Groups,
-    px: Prefixes,
+    gr: Groups,   # of the pair
+    px: Prefixes, # of the pair
     event: int,   # of the student's token at the boundary, -1 if it has none
 ) -> tuple:       # [K] groups, [K] first and [K] past the last student event that may follow
     "How the groups that begin with a token go on. Looked up once for each token."
