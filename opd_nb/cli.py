@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'command', 'usage', 'main', 'read_settings', 'train', 'read_flags', 'synth', 'validate', 'doctor', 'cache',
-           'notebook_folder', 'notebooks', 'run_notebook', 'demo', 'literal']
+           'export', 'notebook_folder', 'notebooks', 'run_notebook', 'demo', 'literal']
 
 # %% ../nbs/14_cli.ipynb #c003
 import argparse
@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from .config import OPDConfig
+from .spending import TeacherGone
 from .types import BadInput, unknown
 
 # %% ../nbs/14_cli.ipynb #c006
@@ -36,7 +37,7 @@ def usage() -> str:
 # %% ../nbs/14_cli.ipynb #c008
 def main(
     argv: list | None = None,  # words after `opd`; those of the process if not given
-) -> int:                      # exit status: 0 done, 2 wrong input, 130 interrupted
+) -> int:                      # exit status: 0 done, 2 wrong input, 75 the teacher is gone for now, 130 interrupted
     "Run a subcommand. A mistake in the input becomes one sentence and not a traceback."
     argv = sys.argv[1:] if argv is None else argv
     logging.basicConfig(level=logging.INFO, format='%(message)s', stream=sys.stderr)
@@ -46,9 +47,10 @@ def main(
         if argv[0] not in COMMANDS: raise unknown('command', argv[0], COMMANDS)
         return COMMANDS[argv[0]](argv[1:]) or 0
     except BadInput as e: print(f'opd: {e}', file=sys.stderr); return 2
+    except TeacherGone as e: print(f'opd: {e}', file=sys.stderr); return 75  # try again later, as sysexits.h has it
     except KeyboardInterrupt: print('opd: interrupted; what was written so far is kept. The same command goes on; train does with --resume.', file=sys.stderr); return 130
 
-# %% ../nbs/14_cli.ipynb #c010
+# %% ../nbs/14_cli.ipynb #c011
 def read_settings(
     argv: list,        # words after the subcommand
     prog: str,         # for the help text
@@ -59,7 +61,7 @@ def read_settings(
     known, rest = parser.parse_known_args(argv)
     return OPDConfig(_cli=rest, _config=known.config, _prog=prog)
 
-# %% ../nbs/14_cli.ipynb #c013
+# %% ../nbs/14_cli.ipynb #c014
 @command
 def train(
     argv: list,    # settings
@@ -73,7 +75,7 @@ def train(
     print(f'student  {done.student}\nbest     {done.best}\nlog      {done.folder / "log.jsonl"}')
     return 0
 
-# %% ../nbs/14_cli.ipynb #c015
+# %% ../nbs/14_cli.ipynb #c016
 def read_flags(
     model: type,       # a settings class of pydantic
     argv: list,        # words after the subcommand
@@ -91,7 +93,7 @@ def read_flags(
     if rest: raise unknown('flag', rest[0].partition('=')[0], ['--' + name.replace('_', '-') for name in model.model_fields])
     return check_settings(model, {k: v for k, v in vars(known).items() if v is not None})
 
-# %% ../nbs/14_cli.ipynb #c016
+# %% ../nbs/14_cli.ipynb #c017
 @command
 def synth(
     argv: list,    # settings
@@ -109,7 +111,7 @@ def synth(
     if done.made.pending: print('To go on: the same command, with a higher --cap or without --first.')
     return 0
 
-# %% ../nbs/14_cli.ipynb #c017
+# %% ../nbs/14_cli.ipynb #c018
 @command
 def validate(
     argv: list,    # data, settings
@@ -123,7 +125,7 @@ def validate(
     if found.verdict != 'good': print('\nlowest answer overlap:\n' + found.worst.to_string(index=False, max_colwidth=60))
     return found.status
 
-# %% ../nbs/14_cli.ipynb #c019
+# %% ../nbs/14_cli.ipynb #c020
 @command
 def doctor(
     argv: list,    # settings
@@ -135,7 +137,7 @@ def doctor(
     for line in examine(config): print(line, flush=True); stops += line.level == 'stop'
     return int(stops > 0)
 
-# %% ../nbs/14_cli.ipynb #c020
+# %% ../nbs/14_cli.ipynb #c021
 @command
 def cache(
     argv: list,    # --clear [MODEL], settings
@@ -157,7 +159,25 @@ def cache(
         print(f"{r['model'] or 'list of models'}  {r['answers']} answers, {(r['tokens_in'] or 0) + (r['tokens_out'] or 0):,} tokens, {dollars}, {r['bytes'] / 1e6:.2f} MB")
     return 0
 
-# %% ../nbs/14_cli.ipynb #c022
+# %% ../nbs/14_cli.ipynb #c023
+@command
+def export(
+    argv: list,    # STUDENT --gguf QUANT [--out FILE]
+) -> int:
+    "Write a student as a GGUF file: opd export runs/opd/best --gguf q8_0 [--out FILE]"
+    parser = argparse.ArgumentParser('opd export', description=export.__doc__, allow_abbrev=False)
+    parser.add_argument('student', help='a folder, a Hub id, or tiny:NAME')
+    parser.add_argument('--gguf', default='q8_0', metavar='QUANT', help='f32, f16, q8_0 or q4_k_m')
+    parser.add_argument('--out', metavar='FILE', help='the file; beside the student if not given')
+    known, rest = parser.parse_known_args(argv)
+    if rest: raise unknown('flag', rest[0].partition('=')[0], ['--gguf', '--out'])
+    from opd_nb.gguf_export import export_gguf
+    folder = Path(known.student)
+    done = export_gguf(known.student, known.out or (folder / f'{folder.name}-{known.gguf}.gguf' if folder.is_dir() else f"{known.student.rpartition(':')[2].replace('/', '-') or 'student'}-{known.gguf}.gguf"), known.gguf)
+    print(f'{done}  {done.stat().st_size / 1e6:.1f} MB; try it: opd train --teacher gguf:{done}, or llama-cli -m {done}')
+    return 0
+
+# %% ../nbs/14_cli.ipynb #c026
 def notebook_folder() -> Path:
     "Where the run notebooks are."
     import opd_nb
@@ -165,7 +185,7 @@ def notebook_folder() -> Path:
     inside, checkout = package / 'notebooks', package.parent / 'nbs' / 'runs'
     return inside if inside.is_dir() else checkout
 
-# %% ../nbs/14_cli.ipynb #c023
+# %% ../nbs/14_cli.ipynb #c027
 @command
 def notebooks(
     argv: list,    # [folder]
@@ -179,7 +199,7 @@ def notebooks(
         print(shutil.copy(nb, target / nb.name))
     return 0
 
-# %% ../nbs/14_cli.ipynb #c025
+# %% ../nbs/14_cli.ipynb #c029
 def run_notebook(
     name: str,          # of a run notebook, without ending
     parameters: dict,   # to be set in it
@@ -195,7 +215,7 @@ def run_notebook(
         raise BadInput('notebook', name, f'stopped: {e.ename}: {e.evalue}', f'The notebook as far as it got is {out}.') from None
     return out
 
-# %% ../nbs/14_cli.ipynb #c026
+# %% ../nbs/14_cli.ipynb #c030
 @command
 def demo(
     argv: list,    # parameters of the quickstart, as flags
@@ -215,7 +235,7 @@ def demo(
     print('\n' + m['result'])
     return 0
 
-# %% ../nbs/14_cli.ipynb #c027
+# %% ../nbs/14_cli.ipynb #c031
 def literal(
     text: str,    # a word from the command line
 ):                # bool, int, float or the text itself

@@ -110,6 +110,7 @@ class Settings(BaseSettings):
     lam: float = Field(1.0, ge=0, le=1, description="λ, share of batches that are the student's own rollouts; the rest is reference answers.")
     data: str | None = Field(None, description='Prompts to train on: a JSON, JSONL, CSV or text file.')
     num_samples: int | None = Field(None, ge=1, description='How many rows of the data to use; all if not set.')
+    turns: Literal['last', 'all'] = Field('last', description='Of records with several turns: write the last answer, or each in turn.')
     val_fraction: float = Field(0.1, ge=0, lt=1, description='Share of the prompts held out for validation.')
     val_max_samples: int = Field(200, ge=1, description='Most prompts used in one validation.')
     output_dir: Path = Field(Path('runs/opd'), description='Folder of the run: config, log, checkpoints, best and final student.')

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'EXAMPLE', 'READERS', 'PROMPTS', 'ANSWERS', 'CHATS', 'SPEAKERS', 'ROLES', 'MAKERS', 'Broken', 'parse_json',
            'datasets_rows', 'read_rows', 'shape_of', 'as_message', 'turns', 'as_conversation', 'load_conversations',
-           'save_skipped', 'as_row', 'save_conversations', 'split']
+           'save_skipped', 'as_row', 'save_conversations', 'split', 'each_turn']
 
 # %% ../nbs/06_data.ipynb #c003
 import json
@@ -246,3 +246,10 @@ def split(
     where = {c.key for c in by if int(c.key[:8], 16) < val_fraction * 2**32} or ({by[0].key} if val_fraction else set())
     parts = [c for c in conversations if c.key not in where], [c for c in conversations if c.key in where]
     return parts if parts[0] else (conversations, [])
+
+# %% ../nbs/06_data.ipynb #c040
+def each_turn(
+    c: Conversation,
+) -> list:           # of `Conversation`, one for each answer in it, and one for a question that has none yet
+    "A record as one conversation per answer."
+    return [Conversation(c.messages[:i + 1], c.metadata) for i, m in enumerate(c.messages) if m['role'] == 'assistant'] + ([] if c.has_reference else [c])

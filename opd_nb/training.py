@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from .config import OPDConfig
-from .data import load_conversations, split
+from .data import each_turn, load_conversations, split
 from .health import text_figures
 from .distil import distil_rows, loss_for, parts
 from .models import LM
@@ -78,6 +78,7 @@ def prepare(
     rows = load_conversations(config.data, limit=config.num_samples)
     if config.lam < 1: rows = need_references(rows)
     train, val = split(rows, config.val_fraction)
+    if config.turns == 'all': train, val = ([turn for c in part for turn in each_turn(c)] for part in (train, val))
     teacher = teacher or load_teacher(config.teacher, config)
     token = config.hf_token.get_secret_value() if config.hf_token else None
     torch.manual_seed(config.seed)
