@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from .alignment import Alignment
-from .engine import LossOutput, Piece, Side, led, once, over_pieces, register_loss
+from .engine import LossOutput, Piece, Side, led, over_pieces, register_loss
 from .losses import FLOOR, gkd, jsd
-from .projections import Prefixes, Spellings, prefixes
+from .projections import Prefixes, Spellings, once, prefixes
 from .types import unknown
 from .vocab import VocabMap
 

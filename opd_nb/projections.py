@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['Spellings', 'content_hash', 'cache_folder', 'read_arrays', 'kept', 'Prefixes', 'sides', 'prefixes', 'segment',
-           'SubTokens', 'spread', 'sub_tokens']
+           'SubTokens', 'spread', 'sub_tokens', 'once']
 
 # %% ../nbs/03_projections.ipynb #c003
-import hashlib, os, warnings, zipfile
+import hashlib, os, warnings, weakref, zipfile
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from functools import cached_property
@@ -200,3 +200,17 @@ def sub_tokens(
         return spread([[e] if e >= 0 else next(cut) for e in exact], most, decay)
     depends = content_hash(1, student.keys, teacher.keys, tokens.table, tokens.backend.to_str() if tokens.backend else '', most, decay)
     return SubTokens(student, teacher, **kept('sub_tokens-' + depends, build))
+
+# %% ../nbs/03_projections.ipynb #c044
+_BUILT = weakref.WeakKeyDictionary()  # student tokens -> teacher tokens -> {what: built}
+
+def once(
+    vocab: VocabMap,  # the pair
+    build,            # function of the `VocabMap`
+):                    # what it returned the first time
+    "`build(vocab)`, remembered for this pair of tokenizers."
+    student, teacher = vocab.tokens
+    found = _BUILT.setdefault(student, weakref.WeakKeyDictionary()).setdefault(teacher, {})
+    key = build, str(vocab.stops)
+    if key not in found: found[key] = build(vocab)
+    return found[key]

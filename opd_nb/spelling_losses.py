@@ -12,10 +12,10 @@ import numpy as np
 import torch
 
 from .alignment import Alignment
-from .engine import LossOutput, Side, once, over_pieces, register_loss
+from .engine import LossOutput, Side, over_pieces, register_loss
 from .losses import gkd, jsd, merge_chunks, with_rest
 from .prefix_losses import begins, columns
-from .projections import Prefixes, Spellings, prefixes, sub_tokens
+from .projections import Prefixes, Spellings, once, prefixes, sub_tokens
 from .types import unknown
 from .vocab import VocabMap
 
