@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'open_folder', 'Run', 'prepare', 'make_optimizers', 'need_references', 'add_lora', 'step_prompts',
-           'epoch_order', 'write_or_take', 'batches', 'sums', 'train_step', 'weighted', 'validate', 'save_student',
+           'epoch_order', 'write_or_take', 'sums', 'train_step', 'weighted', 'validate', 'save_student',
            'newest_checkpoint', 'go_on', 'load_checkpoint', 'note', 'read_log', 'paused', 'Trained', 'train',
            'keep_best']
 
@@ -26,7 +26,7 @@ from tqdm import tqdm
 from .config import OPDConfig
 from .data import each_turn, load_conversations, split
 from .health import text_figures
-from .distil import distil_rows, loss_for, parts
+from .distil import batches, distil_rows, loss_for, parts
 from .models import LM
 from .rollouts import as_rollout, rollout
 from .spending import TeacherGone
@@ -164,21 +164,6 @@ def write_or_take(
     return rollout(run.student, conversations, c.max_new_tokens, c.seed if seed is None else seed, step, 0, c.temperature, c.top_p, c.micro_batch)
 
 # %% ../nbs/09_training.ipynb #c025
-def batches(
-    rollouts: list,   # of `Rollout`
-    size: int,        # rows in a micro-batch
-) -> list:
-    "Micro-batches of completions of similar length. The answers to one prompt stay together, even if they are more than `size`; completions without a token are left out."
-    groups = {}
-    for r in rollouts:
-        if r.ids: groups.setdefault(r.conversation.key, []).append(r)
-    out = [[]]
-    for rows in sorted(groups.values(), key=lambda rows: max(len(r.prompt_ids) + len(r.ids) for r in rows)):
-        if out[-1] and len(out[-1]) + len(rows) > size: out.append([])
-        out[-1] += rows
-    return out if out[0] else []
-
-# %% ../nbs/09_training.ipynb #c027
 def sums(
     run: Run,              # from `prepare`
     rollouts: list,        # of `Rollout`
@@ -195,7 +180,7 @@ def sums(
             figures.append((len(mine), f))
     return total / weight if weight else 0., weight, trained, weighted(figures)
 
-# %% ../nbs/09_training.ipynb #c028
+# %% ../nbs/09_training.ipynb #c026
 def train_step(
     run: Run,      # from `prepare`
 ) -> dict:         # figures of the step
@@ -216,7 +201,7 @@ def train_step(
     return dict(event='step', step=run.step, loss=loss, trained=trained, skipped=int(not sane), grad_norm=norm, lr=run.schedulers[-1].get_last_lr()[0],
                 **figures, **text_figures(rollouts), seconds_writing=written - start, seconds=time.perf_counter() - start)
 
-# %% ../nbs/09_training.ipynb #c030
+# %% ../nbs/09_training.ipynb #c028
 def weighted(
     figures: list,   # (weight, {name: value})
 ) -> dict:
@@ -224,7 +209,7 @@ def weighted(
     have = {k: [(w, f[k]) for w, f in figures if f.get(k, np.nan) == f.get(k, np.nan) and k in f] for k in dict.fromkeys(k for _, f in figures for k in f)}
     return {k: sum(w * x for w, x in pairs) / sum(w for w, _ in pairs) for k, pairs in have.items() if pairs}
 
-# %% ../nbs/09_training.ipynb #c032
+# %% ../nbs/09_training.ipynb #c030
 @torch.no_grad()
 def validate(
     run: Run,      # from `prepare`
@@ -235,7 +220,7 @@ def validate(
     loss, _, _, figures = sums(run, rollouts, backward=False)
     return dict(event='validation', step=run.step, loss=loss, **figures, **text_figures(rollouts))
 
-# %% ../nbs/09_training.ipynb #c035
+# %% ../nbs/09_training.ipynb #c033
 def save_student(
     run: Run,      # from `prepare`
     name: str,     # 'best', 'final' or 'step-N'
@@ -252,7 +237,7 @@ def save_student(
     os.replace(part, folder)
     return folder
 
-# %% ../nbs/09_training.ipynb #c036
+# %% ../nbs/09_training.ipynb #c034
 def newest_checkpoint(
     folder: Path,    # of a run
 ) -> Path | None:
@@ -260,7 +245,7 @@ def newest_checkpoint(
     found = [p for p in folder.glob('step-*') if (p / 'run.pt').is_file() and p.suffix != '.part']
     return max(found, key=lambda p: int(p.name.partition('-')[2]), default=None)
 
-# %% ../nbs/09_training.ipynb #c038
+# %% ../nbs/09_training.ipynb #c036
 def go_on(
     run: Run,      # from `prepare`
 ) -> Run:
@@ -271,7 +256,7 @@ def go_on(
     (run.config.output_dir / 'log.jsonl').write_text(''.join(json.dumps(e) + '\n' for e in run.events))
     return run
 
-# %% ../nbs/09_training.ipynb #c039
+# %% ../nbs/09_training.ipynb #c037
 def load_checkpoint(
     run: Run,      # from `prepare`
     folder: Path,  # a complete checkpoint
@@ -285,7 +270,7 @@ def load_checkpoint(
     for o, s in zip((*run.optimizers, *run.schedulers), (*state['optimizers'], *state['schedulers'])): o.load_state_dict(s)
     run.step, run.best, run.waited = state['step'], state['best'], state['waited']
 
-# %% ../nbs/09_training.ipynb #c041
+# %% ../nbs/09_training.ipynb #c039
 def note(
     run: Run,      # from `prepare`
     event: dict,    # to be kept
@@ -294,7 +279,7 @@ def note(
     run.events.append(event)
     with open(run.config.output_dir / 'log.jsonl', 'a') as f: f.write(json.dumps(event) + '\n')
 
-# %% ../nbs/09_training.ipynb #c042
+# %% ../nbs/09_training.ipynb #c040
 def read_log(
     folder: Path,   # of a run
 ) -> list:          # events
@@ -305,7 +290,7 @@ def read_log(
         except json.JSONDecodeError: log.warning('%s: one line of the log was cut and is left out', folder)
     return out
 
-# %% ../nbs/09_training.ipynb #c045
+# %% ../nbs/09_training.ipynb #c043
 def paused(
     run: Run,        # at the step that could not be done
     gone: TeacherGone, # why
@@ -314,7 +299,7 @@ def paused(
     save_student(run, f'step-{run.step}')
     return TeacherGone(gone.who, gone.why, f'{gone.remedy} The run is saved at step {run.step}; then go on with: opd train --config {run.config.output_dir / "config.yaml"} --resume')
 
-# %% ../nbs/09_training.ipynb #c047
+# %% ../nbs/09_training.ipynb #c045
 @dataclass(frozen=True)
 class Trained:
     "What a run leaves behind."
@@ -325,7 +310,7 @@ class Trained:
     seconds: float    # in the loop, validation and saving included
     steps: int        # taken
 
-# %% ../nbs/09_training.ipynb #c048
+# %% ../nbs/09_training.ipynb #c046
 def train(
     config: OPDConfig,  # settings
     teacher=None,       # see `prepare`
@@ -349,7 +334,7 @@ def train(
     best = config.output_dir / 'best'
     return Trained(config.output_dir, final, best if best.is_dir() else final, run.events, time.perf_counter() - start, run.step)
 
-# %% ../nbs/09_training.ipynb #c050
+# %% ../nbs/09_training.ipynb #c048
 def keep_best(
     run: Run,      # from `prepare`
 ):
