@@ -46,7 +46,7 @@ class Capabilities:
         return 'judged' if self.mode == 'sequence' else 'generated' if self.generates else 'nothing'
 
     @property
-    def losses(self) -> list: return SERVES[self.kind] + ['sft']  # which needs reference text and no teacher
+    def losses(self) -> list: return SERVES[self.kind] and SERVES[self.kind] + ['sft']  # which needs reference text and no teacher
 
 # %% ../nbs/05_teachers.ipynb #c010
 TEACHERS = {}
