@@ -26,8 +26,9 @@ ENV_KEYS = dict(
     SAVE_EVERY='save_every', LEARNING_RATE='learning_rate', KD_GRAD_CLIP='grad_clip', KD_MAX_NEW_TOKENS='max_new_tokens',
     MAX_NEW_TOKENS='max_new_tokens', NUM_GENERATIONS='num_generations', LAMBDA='lam', BETA='beta', KD_LORA='lora',
     KD_LORA_R='lora_r', KD_LORA_ALPHA='lora_alpha', KD_LORA_DROPOUT='lora_dropout', KD_LORA_TARGET='lora_target',
-    EVAL_EVERY='eval_every', PATIENCE='patience', TEACHER_FLASH_ATTENTION='teacher_attention')
-ENV_KEYS |= {k: k.lower() for k in 'TEACHER_MODE TEACHER_TOP_K TEACHER_TOKENIZER TEACHER_API_KEY OPENROUTER_API_KEY TEACHER_MAX_DOLLARS TEACHER_PRICE TEACHER_PREFERRED_QUANT TEACHER_N_GPU_LAYERS TEACHER_N_CTX TEACHER_N_THREADS'.split()}
+    EVAL_EVERY='eval_every', PATIENCE='patience', TEACHER_FLASH_ATTENTION='teacher_attention',
+    KD_MIN_TEACHER_LOGP='min_teacher_logp', KD_MAX_GROUPS='max_groups', MONITOR_METRIC='monitor', BASE_MODEL_ID='base_model', SFT_MODEL_PATH='sft_model', KD_MODEL_PATH='kd_model')
+ENV_KEYS |= {k: k.lower() for k in 'TEACHER_MODE TEACHER_TOP_K TEACHER_TOKENIZER TEACHER_API_KEY OPENROUTER_API_KEY TEACHER_MAX_DOLLARS TEACHER_PRICE TEACHER_PREFERRED_QUANT TEACHER_N_GPU_LAYERS TEACHER_N_CTX TEACHER_N_THREADS LAMBDA_KD LAMBDA_SFT MONITOR_MODE EVAL_TASKS EVAL_MAX_SAMPLES EVAL_OUTPUT_DIR'.split()}
 OTHERS_KEYS = ('OPENAI_API_KEY', 'NVIDIA_API_KEY', 'WANDB_API_KEY')  # in the same file, read by other programs
 
 # %% ../nbs/00_config.ipynb #c008
@@ -103,11 +104,22 @@ class Settings(BaseSettings):
     teacher_n_ctx: int = Field(2048, ge=1, description='Context of a GGUF teacher, in tokens.')
     teacher_n_threads: int | None = Field(None, ge=1, description='Threads of a GGUF teacher; what llama.cpp takes, if not set.')
     dtype: Literal['auto', 'float32', 'bfloat16'] = Field('auto', description='Number format of the student; auto is float32, or with adapters as for the teacher.')
+    attention: Literal['auto', 'eager', 'sdpa', 'flash_attention_2', 'flex_attention'] = Field('auto', description='Attention of the student.')
+    revision: str | None = Field(None, description='Branch, tag or commit of the student on the Hub.')
+    trust_remote_code: bool = Field(False, description="Run the Python code that the student's repository brings.")
+    template: dict | None = Field(None, description='Arguments of the student\'s chat template, as JSON: {"enable_thinking": false}.')
+    method: Literal['opd', 'kd', 'sft', 'grpo'] = Field('opd', description="What is learnt from: opd, the student's own text scored by the teacher; kd, reference text scored by the teacher; sft, reference text alone; grpo, own text and a verifier's reward.")
     hf_token: SecretStr | None = Field(None, description='Hugging Face token, for gated models.')
     loss: str = Field('auto', description='Loss: gkd, strict, gold, uld, bpm, escd, xtoken, alm, pg, trust, continuation or sft; auto fits the pair and the teacher.')
     score_weight: Literal['none', 'token', 'trajectory'] = Field('none', description='Weight of positions by what the teacher thinks of them: none, token (its probability of what was written) or trajectory (of the rollouts of one prompt, the likelier ones more).')
+    lambda_kd: float = Field(1.0, ge=0, description='Weight of the distillation loss.')
+    lambda_sft: float = Field(0.0, ge=0, description='Weight of cross-entropy on the reference answers, where there are any.')
+    min_teacher_logp: float = Field(-30, le=0, description='Positions whose token the teacher finds less likely than this, in nats, are left out and counted.')
+    max_groups: int = Field(0, ge=0, description='Most chunks of a completion that take part in the loss, to save memory; 0 is all.')
     beta: float = Field(0.0, ge=0, le=1, description='β of the generalised JSD in gkd, gold, bpm and escd: 0 forward KL, 1 reverse KL.')
     lam: float = Field(1.0, ge=0, le=1, description="λ, share of batches that are the student's own rollouts; the rest is reference answers.")
+    cold_start_steps: int = Field(0, ge=0, description='Steps of cross-entropy on the reference answers before distillation begins.')
+    reward: str = Field('countdown', description="Verifier whose verdict is grpo's reward: countdown, exact, or one that was registered.")
     data: str | None = Field(None, description='Prompts to train on: a JSON, JSONL, CSV or text file.')
     num_samples: int | None = Field(None, ge=1, description='How many rows of the data to use; all if not set.')
     turns: Literal['last', 'all'] = Field('last', description='Of records with several turns: write the last answer, or each in turn.')
@@ -119,11 +131,17 @@ class Settings(BaseSettings):
     micro_batch: int = Field(64, ge=1, description='Rollouts that pass through the models at a time; lower it to save memory.')
     num_generations: int = Field(1, ge=1, description='Rollouts per prompt.')
     max_new_tokens: int = Field(128, ge=1, description='Longest rollout, in student tokens.')
+    max_prompt_tokens: int | None = Field(None, ge=1, description='Longest prompt, in tokens; a longer one loses its beginning, and is counted. What fits the model, if not set.')
+    rollouts: str = Field('here', description='Who writes the rollouts: here, or vllm:URL for a server whose weights follow the student.')
+    sync_every: int = Field(1, ge=1, description='Steps between two updates of the weights of the server that writes the rollouts.')
     temperature: float = Field(1.0, gt=0, description='Temperature of the rollouts.')
     top_p: float = Field(1.0, gt=0, le=1, description='Nucleus of the rollouts; 1 samples from the whole distribution.')
     learning_rate: float = Field(5e-5, gt=0, description='Peak learning rate.')
     optimizer: Literal['adamw', 'muon'] = Field('adamw', description='adamw, or muon for the matrices (learning rate × 10) with AdamW for the rest; muon is for small models trained whole.')
     warmup_steps: int = Field(10, ge=0, description='Steps of linear warm-up before the cosine.')
+    schedule: Literal['cosine', 'linear', 'constant'] = Field('cosine', description='How the learning rate falls after the warm-up.')
+    weight_decay: float = Field(0.0, ge=0, description='Weight decay of the optimizer.')
+    gradient_checkpointing: bool = Field(False, description='Compute activations again in the backward pass instead of keeping them: less memory, more time.')
     grad_clip: float = Field(1.0, gt=0, description='Largest norm of the gradient.')
     lora: bool = Field(False, description='Train LoRA adapters instead of all weights.')
     lora_r: int = Field(16, ge=1, description='Rank of the adapters.')
@@ -132,10 +150,21 @@ class Settings(BaseSettings):
     lora_target: str = Field('q_proj,k_proj,v_proj,o_proj', description='Modules that get adapters, by comma.')
     eval_every: int = Field(50, ge=1, description='Steps between validations.')
     patience: int | None = Field(None, ge=1, description='Validations without improvement before stopping early; never if not set.')
+    monitor: str = Field('top1_agreement', description='Validation figure that decides about best and early stopping, such as top1_agreement, overlap, loss or teacher_nll.')
+    monitor_mode: Literal['max', 'min'] = Field('max', description='Whether more of it is better, or less.')
     save_every: int = Field(100, ge=1, description='Steps between checkpoints.')
+    keep_last: int = Field(2, ge=1, description='Checkpoints kept, the newest; best and final are kept beside them.')
+    track: str | None = Field(None, description='Trackers by comma: tensorboard, wandb, trackio.')
     resume: bool = Field(False, description='Go on from the newest checkpoint in output_dir.')
     seed: int = Field(0, ge=0, description='Seed of everything random.')
     device: str = Field('auto', description='cpu, cuda, cuda:1, mps; auto takes what accelerate finds.')
+    teacher_device: str | None = Field(None, description="Device of an hf teacher; the student's, if not set.")
+    base_model: str | None = Field(None, description='Evaluation: the untouched student to compare with; student, if not set.')
+    sft_model: str | None = Field(None, description='Evaluation: a student after supervised training.')
+    kd_model: str | None = Field(None, description='Evaluation: a distilled student, or the folder of a run.')
+    eval_tasks: str = Field('arc_easy,arc_challenge,hellaswag,truthfulqa,ifeval', description='Evaluation: tasks, by comma; names of lm-eval, the local ones (countdown, arc_easy_local, ...), or files.')
+    eval_max_samples: int = Field(200, ge=1, description='Evaluation: most questions of a task.')
+    eval_output_dir: Path = Field(Path('reports'), description='Evaluation: folder of the reports.')
 
     @field_validator('teacher_dtype', 'teacher_attention', mode='before')
     @classmethod
