@@ -45,7 +45,9 @@ def command_server(*words, patience=180, **env):
             except urllib.error.HTTPError: break  # it answers, if only with an error
             except OSError: pass
         yield f'http://127.0.0.1:{port}/v1'
-    finally: os.killpg(process.pid, signal.SIGKILL); process.wait()  # its workers too
+    finally:
+        with contextlib.suppress(ProcessLookupError): os.killpg(process.pid, signal.SIGKILL)  # its workers too
+        process.wait()
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
