@@ -135,8 +135,8 @@ def contract_server(spec, can=('prompt_logprobs', 'sglang', 'echo', 'ids', 'chat
 
 
 @contextlib.contextmanager
-def fault_proxy(url, faults=()):
-    "A proxy before a real server. Each POST takes the next of `faults`, then all pass. Gives its address, the faults still to come and the requests seen."
+def fault_proxy(url, faults=(), only=''):
+    "A proxy before a real server. Each POST takes the next of `faults`, then all pass; those whose path does not end in `only` find nothing. Gives its address, the faults still to come and the requests seen."
     import socket, struct, time, urllib.error, urllib.request
     root, faults, seen = url.removesuffix('/v1'), list(faults), []
 
@@ -150,6 +150,7 @@ def fault_proxy(url, faults=()):
         def do_POST(self):
             body = self.body(); seen.append((self.path, {k.lower(): v for k, v in self.headers.items()}, json.loads(body)))
             fault = faults.pop(0) if faults else None
+            if not self.path.endswith(only): return self.send(404, dict(error=dict(message='no such path')))
             quoted = f"{self.headers.get('Authorization')} {body.decode()}"
             if fault == 'busy': return self.send(429, dict(error=dict(message='slow down')), Retry_After=.1)
             if fault == 'broken': return self.send(500, dict(error=dict(message='oops')))
