@@ -151,7 +151,7 @@ def plan_of(
 def figures(
     records: list,   # of `Conversation`
 ) -> pd.DataFrame:   # one row for each kind, and one for all
-    "Lengths and diversity. `distinct pairs` is the number of different word pairs in the questions, as a share of all: low means that they are all alike."
+    "Lengths, as medians, and diversity. `distinct pairs` is the number of different word pairs in the questions, as a share of all: low means that they are all alike."
     def row(name, part):
         questions, answers = [words_of(asked(c)) for c in part], [words_of(c.reference) for c in part]
         pairs = [g for q in questions for g in zip(q, q[1:])]
@@ -172,8 +172,9 @@ def lengths_picture(
     by = {k: [len(words_of(c.reference)) for c in records if c.metadata.get('kind') == k] for k in KINDS}
     by = {k: v for k, v in by.items() if v}
     most = max(map(max, by.values()))
-    ax.hist(list(by.values()), bins=range(0, most + 2, max(1, most // 30)), align='left', stacked=True, label=list(by), color=['#2b6cb0', '#dd6b20', '#2f855a'][:len(by)])
-    ax.set(xlabel='words of an answer', ylabel='records'); ax.legend(frameon=False)
+    step = max(1, most // 30)
+    ax.hist(list(by.values()), bins=range(0, most + step + 1, step), align='left' if step == 1 else 'mid', stacked=True, label=list(by), color=['#2b6cb0', '#dd6b20', '#2f855a'][:len(by)])
+    ax.set(title='How long the answers are', xlabel='words of an answer', ylabel='records'); ax.legend(frameon=False)
     ax.spines[['top', 'right']].set_visible(False)
     return fig
 
@@ -182,7 +183,7 @@ def data_report(
     path: Path,        # .html file to write
     title: str,                   # heading of the page
     summary: str,      # the result in a sentence
-    tables: dict,      # heading -> data frame
+    tables: dict,      # heading -> (a sentence about it, data frame)
     figure=None,       # matplotlib figure
 ) -> Path:
     "A page about a data set that opens offline."
@@ -191,7 +192,8 @@ def data_report(
         out = io.BytesIO(); figure.savefig(out, format='png', dpi=110)
         picture = f'<img alt="" src="data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}">'
     style = 'body{font:16px/1.5 system-ui,sans-serif;max-width:64rem;margin:2rem auto;padding:0 1rem}img{max-width:100%}table{border-collapse:collapse;font-size:14px}td,th{border:0;border-bottom:1px solid #ddd;padding:.3rem .7rem;text-align:left;vertical-align:top;white-space:pre-wrap}'
-    with pd.option_context('display.max_colwidth', None): body = ''.join(f'<h2>{html.escape(h)}</h2>{t.to_html(index=False, border=0, formatters={c: str for c in t})}' for h, t in tables.items() if len(t))
+    cell = lambda v: f'{v:,}' if isinstance(v, int) else '' if v is None else str(v)
+    with pd.option_context('display.max_colwidth', None): body = ''.join(f'<h2>{html.escape(h)}</h2><p>{html.escape(note)}</p>{t.to_html(index=False, border=0, formatters={c: cell for c in t})}' for h, (note, t) in tables.items() if len(t))
     path.write_text(f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title><style>{style}</style><h1>{html.escape(title)}</h1><p>{html.escape(summary)}</p>{picture}{body}</html>', encoding='utf-8')
     return path
 
@@ -230,11 +232,14 @@ def write_dataset(
     files['dropped'].write_text(''.join(json.dumps(r, ensure_ascii=False) + '\n' for r in lost), encoding='utf-8')
     samples = [dict(kind=c.metadata.get('kind'), topic=c.metadata.get('topic'), conversation='\n\n'.join(f"{m['role']}: {m['content']}" for m in c.messages)) for k in KINDS for c in [c for c in kept if c.metadata.get('kind') == k][:5]]
     aside = pd.DataFrame(made.aside).groupby('why').size().sort_values(ascending=False).head(10).rename('records').reset_index() if made.aside else pd.DataFrame()
-    cost = pd.DataFrame([dict(made.total, dollars=money(made.total['dollars']), **{'dollars a kept record': money(made.total['dollars'] / len(kept) if kept and made.total['dollars'] is not None else None)})])
-    tables = {'Kinds': figures(kept) if kept else pd.DataFrame(), 'Kept and dropped': cleaned.table, 'Set aside': aside, 'Cost': cost, 'Samples': pd.DataFrame(samples),
-              'Settings': pd.DataFrame([dict(setting=k, value=str(v)) for k, v in about.items() if v not in (None, '')])}
+    spent, each = made.total['dollars'], made.total['dollars'] / len(kept) if kept and made.total['dollars'] is not None else None
+    cost = pd.DataFrame([{'replies': made.total['replies'], 'tokens in': made.total['input_tokens'], 'tokens out': made.total['output_tokens'], 'cost': money(spent), 'cost of a kept record': money(each)}])
+    tables = {'Kinds': ('Words are medians. Distinct pairs: different pairs of words in the questions, as a share of all of them; low means that the questions are alike.', figures(kept) if kept else pd.DataFrame()),
+              'Kept and dropped': (f'The {len(made.records)} records that were made. What was dropped is in {files["dropped"].name}, with the reason.', cleaned.table),
+              'Set aside': (f'{len(made.aside)} rows of the plan that did not become a record.', aside), 'Cost': ('All replies, those of dropped and failed records included.', cost),
+              'Samples': ('Up to five of each kind.', pd.DataFrame(samples)), 'Settings': ('With which this was made.', pd.DataFrame([dict(setting=k, value=str(v)) for k, v in about.items() if v not in (None, '', {}, False)]))}
     picture = lengths_picture(kept) if kept else None
-    files['report'] = data_report(Path(f'{stem}.report.html'), f'{len(kept)} of {n} records', str(made), tables, picture)
+    files['report'] = data_report(Path(f'{stem}.report.html'), f'{len(kept)} of {n} records kept', f'{n:,} asked for: {len(made.records):,} made, {len(made.aside):,} set aside, {made.pending:,} pending. {len(cleaned.dropped):,} of those made were dropped in cleaning. Cost: {money(spent)}.', tables, picture)
     return files
 
 # %% ../nbs/07_dataset.ipynb #c032
