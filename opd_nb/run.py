@@ -20,7 +20,7 @@ from .distil import loss_for
 from .methods import need_references
 from .models import LM
 from .processes import processes
-from .rollouts import longest_prompt, prompt_ids
+from .rollouts import longest_prompt, rollout
 from .teachers import load_teacher
 from .types import BadInput
 from .vocab import VocabMap
@@ -42,6 +42,7 @@ class Run:
     optimizers: list = field(default_factory=list)
     schedulers: list = field(default_factory=list)  # one for each
     compute: torch.dtype | None = None  # number format of products, if the weights have another
+    write: object = rollout  # who writes: a function of the signature of `rollout`
     most: int | None = None  # longest prompt, in tokens
     micro_batch: int = 64    # rollouts that pass through the models at a time; halved when memory is short
     step: int = 0            # steps taken
