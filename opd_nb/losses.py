@@ -46,10 +46,11 @@ def jsd(
 # %% ../nbs/04_losses.ipynb #c011
 def with_rest(
     logp: torch.Tensor,   # [N, E] log-probabilities that sum to at most 1
+    rest: torch.Tensor | None = None,  # [N] log of what is missing, where it is known better than by subtraction
 ) -> torch.Tensor:        # [N, E + 1]
-    "Add the log of the missing probability as one more event, at least 1e-9."
-    rest = -torch.expm1(logp.logsumexp(-1, keepdim=True).clamp(max=0))
-    return torch.cat([logp, rest.clamp(min=1e-9).log()], -1)
+    "Add the log of the missing probability as one more event: at least 1e-9 by subtraction, 1e-30 else."
+    if rest is None: rest = (-torch.expm1(logp.logsumexp(-1).clamp(max=0))).clamp(min=1e-9).log()
+    return torch.cat([logp, rest[:, None].clamp(min=-69)], -1)
 
 # %% ../nbs/04_losses.ipynb #c014
 @register_loss('gkd', needs='listed', same_vocab=True)
@@ -68,7 +69,7 @@ def gkd(
         p, q = s[:, :n].log_softmax(-1), q[:, :n]
         if 'dense' in teacher.gives: return jsd(q.log_softmax(-1), p, beta, scaled)
         known = q > -1e3  # unlisted tokens have -inf
-        return jsd(with_rest(q), with_rest(p.masked_fill(~known, -1e4)), beta, scaled), known.any(-1)
+        return jsd(with_rest(q), with_rest(p.masked_fill(~known, -1e4), p.masked_fill(known, -torch.inf).logsumexp(-1)), beta, scaled), known.any(-1)
     return over_pieces(student, teacher, alignment.select(alignment.one_to_one), value, limit)
 
 # %% ../nbs/04_losses.ipynb #c019

@@ -97,4 +97,4 @@ def test_bad_data(tmp_path, text, says):
 
 def test_lambda_needs_references(tmp_path):
     data = save_conversations(countdown.draw(5), tmp_path / 'd.jsonl')
-    with pytest.raises(BadInput, match='--lam 1'): train(config(str(data), tmp_path / 'run', lam=.5), progress=False)
+    with pytest.raises(BadInput, match='cold-start-steps 0'): train(config(str(data), tmp_path / 'run', lam=.5), progress=False)
