@@ -74,7 +74,7 @@ def train(
     from opd_nb.training import train as run
     done = run(config)
     last = next((e for e in reversed(done.events) if e['event'] == 'validation'), done.events[-1])
-    print(f"{done.steps} steps in {done.seconds:.0f} s; loss {last['loss']:.4f}, top-1 agreement {last['top1_agreement']:.1%}")
+    print(f"{done.steps} steps in {done.seconds:.0f} s; loss {last['loss']:.4f}" + (f", top-1 agreement {last['top1_agreement']:.1%}" if 'top1_agreement' in last else ''))
     print(f'student  {done.student}\nbest     {done.best}\nlog      {done.folder / "log.jsonl"}')
     return 0
 
