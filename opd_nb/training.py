@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'open_folder', 'Run', 'prepare', 'make_optimizers', 'add_lora', 'train_step', 'validate', 'save_student',
-           'newest_checkpoint', 'go_on', 'load_checkpoint', 'note', 'read_log', 'paused', 'Trained', 'train',
+           'newest_checkpoint', 'go_on', 'load_checkpoint', 'note', 'read_log', 'due', 'paused', 'Trained', 'train',
            'keep_best']
 
 # %% ../nbs/09_training.ipynb #c003
@@ -221,6 +221,13 @@ def read_log(
     return out
 
 # %% ../nbs/09_training.ipynb #c032
+def due(
+    run: Run,      # from `prepare`
+) -> bool:
+    "Whether these weights are to be validated, and have not been: a run may have been paused in the middle of it."
+    now = run.step and (run.step == run.config.max_steps or run.step % run.config.eval_every == 0)
+    return bool(run.val and now) and not any(e['event'] == 'validation' and e['step'] == run.step for e in run.events)
+
 def paused(
     run: Run,        # at the step that could not be done
     gone: TeacherGone, # why
@@ -253,13 +260,14 @@ def train(
     config.save(config.output_dir / 'config.yaml')
     start = time.perf_counter()
     with tqdm(total=config.max_steps, initial=run.step, desc='distil', disable=not progress, mininterval=1) as bar:
-        while run.step < config.max_steps and not (config.patience and run.waited >= config.patience):
-            try: note(run, figures := train_step(run))
+        while True:
+            try:
+                if due(run): keep_best(run)
+                if run.step == config.max_steps or config.patience and run.waited >= config.patience: break
+                if run.step and run.step % config.save_every == 0: save_student(run, f'step-{run.step}')
+                note(run, figures := train_step(run))
             except TeacherGone as e: raise paused(run, e) from None
             bar.update(); bar.set_postfix(loss=f"{figures['loss']:.3f}", overlap=f"{figures.get('overlap', 0):.2f}", refresh=False)
-            last = run.step == config.max_steps
-            if run.val and (last or run.step % config.eval_every == 0): keep_best(run)
-            if run.step % config.save_every == 0 and not last: save_student(run, f'step-{run.step}')
     final = save_student(run, 'final')
     best = config.output_dir / 'best'
     return Trained(config.output_dir, final, best if best.is_dir() else final, run.events, time.perf_counter() - start, run.step)
@@ -270,7 +278,7 @@ def keep_best(
 ):
     "Validate; save the student if it agrees with the teacher more often than ever before."
     note(run, figures := validate(run))
-    if figures.get('top1_agreement', 0) > run.best:
-        run.best, run.waited = figures['top1_agreement'], 0
+    if (agreed := figures.get('top1_agreement', 0)) > run.best:  # of a teacher that only writes or marks nothing is known
+        run.best, run.waited = agreed, 0
         save_student(run, 'best')
     else: run.waited += 1

@@ -32,7 +32,8 @@ def unknown(
     known = sorted(known)
     near = difflib.get_close_matches(str(value), known, n=1, cutoff=.5)
     remedy = f"Did you mean {near[0]!r}?" if near else f"Choose one of them."
-    return BadInput(field, value, f"unknown; there are {', '.join(known)}", remedy)
+    shown = known if len(known) <= 25 else [*difflib.get_close_matches(str(value), known, n=5, cutoff=.3), f'{len(known)} in all']
+    return BadInput(field, value, f"unknown; there are {', '.join(shown)}", remedy)
 
 # %% ../nbs/00_types.ipynb #c012
 @dataclass(frozen=True)

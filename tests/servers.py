@@ -45,7 +45,9 @@ def command_server(*words, patience=180, **env):
             except urllib.error.HTTPError: break  # it answers, if only with an error
             except OSError: pass
         yield f'http://127.0.0.1:{port}/v1'
-    finally: os.killpg(process.pid, signal.SIGKILL); process.wait()  # its workers too
+    finally:
+        with contextlib.suppress(ProcessLookupError): os.killpg(process.pid, signal.SIGKILL)  # its workers too
+        process.wait()
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -135,8 +137,8 @@ def contract_server(spec, can=('prompt_logprobs', 'sglang', 'echo', 'ids', 'chat
 
 
 @contextlib.contextmanager
-def fault_proxy(url, faults=()):
-    "A proxy before a real server. Each POST takes the next of `faults`, then all pass. Gives its address, the faults still to come and the requests seen."
+def fault_proxy(url, faults=(), only='', before=lambda: None):
+    "A proxy before a real server. Each POST calls `before` and takes the next of `faults`, then all pass; those whose path does not end in `only` find nothing. Gives its address, the faults still to come and the requests seen."
     import socket, struct, time, urllib.error, urllib.request
     root, faults, seen = url.removesuffix('/v1'), list(faults), []
 
@@ -150,6 +152,8 @@ def fault_proxy(url, faults=()):
         def do_POST(self):
             body = self.body(); seen.append((self.path, {k.lower(): v for k, v in self.headers.items()}, json.loads(body)))
             fault = faults.pop(0) if faults else None
+            before()
+            if not self.path.endswith(only): return self.send(404, dict(error=dict(message='no such path')))
             quoted = f"{self.headers.get('Authorization')} {body.decode()}"
             if fault == 'busy': return self.send(429, dict(error=dict(message='slow down')), Retry_After=.1)
             if fault == 'broken': return self.send(500, dict(error=dict(message='oops')))
@@ -160,7 +164,8 @@ def fault_proxy(url, faults=()):
             if fault == 'reset':
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0)); self.close_connection = True
                 self.connection.close(); return
-            code, answer = self.forward(body)
+            try: code, answer = self.forward(body)
+            except OSError: self.close_connection = True; return  # nobody is there any more
             if fault == 'cut': answer = answer[:len(answer) // 2]
             if fault == 'short': answer = json.dumps(json.loads(answer)[:-1]).encode() if answer[:1] == b'[' else b'{}'
             if fault == 'slow': time.sleep(.3)
