@@ -17,6 +17,9 @@ from opd_nb.types import BadInput, Conversation
 OPD = [sys.executable, '-c', 'import sys; from opd_nb.cli import main; sys.exit(main())']
 
 
+def flags(settings): return [f"--{k.replace('_', '-')}" + ('' if v is True else f'={v}') for k, v in settings.items()]
+
+
 @pytest.fixture(scope='module')
 def prompts(tmp_path_factory):
     return str(save_conversations(countdown.draw(60, answers=True), tmp_path_factory.mktemp('data') / 'prompts.jsonl'))
@@ -75,11 +78,10 @@ def test_command_function_and_notebook_agree(prompts, tmp_path):
     c = config(prompts, tmp_path / 'function', max_steps=2)
     train(c, progress=False)
     given = c.model_dump(mode='json', exclude_defaults=True)
-    words = [w for k, v in (given | dict(output_dir=tmp_path / 'command')).items() for w in (f"--{k.replace('_', '-')}", str(v))]
     parameters = [w for k, v in (given | dict(output_dir=tmp_path / 'notebook')).items() for w in ('-p', k, str(v))]
     notebook = [sys.executable, '-m', 'papermill', str(ROOT / 'nbs' / 'runs' / 'distill.ipynb'), str(tmp_path / 'out.ipynb'), *parameters]
     repeat = [*OPD, 'train', '--config', str(tmp_path / 'command' / 'config.yaml'), '--output-dir', str(tmp_path / 'repeat')]
-    for name, command in (('command', [*OPD, 'train', *words]), ('notebook', notebook), ('repeat', repeat)):
+    for name, command in (('command', [*OPD, 'train', *flags(given | dict(output_dir=tmp_path / 'command'))]), ('notebook', notebook), ('repeat', repeat)):
         done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert figures(tmp_path / name) == figures(tmp_path / 'function'), name
@@ -116,7 +118,7 @@ def test_two_real_models(tmp_path, kw, steps):
     from transformers import AutoModelForCausalLM, AutoTokenizer
     settings = dict(student=tmp_path / 'babyllama105', teacher=f"hf:{tmp_path / 'bitllama3M'}", data=stories(tmp_path), output_dir=tmp_path / 'run', loss='bpm', max_steps=steps, batch=4, max_new_tokens=24, temperature=.7,
                     val_fraction=.3, eval_every=steps // 2, warmup_steps=1, device='cpu', teacher_dtype='float32', monitor='val_loss', monitor_mode='min', **kw)
-    done = subprocess.run([*OPD, 'train', *(f"--{k.replace('_', '-')}={v}" for k, v in settings.items())], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run([*OPD, 'train', *flags(settings)], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     tests = [e for e in read_log(tmp_path / 'run') if e['event'] == 'validation']
     assert [e['step'] for e in tests] == [steps // 2, steps] and all(0 < e['loss'] < .6 for e in tests)
