@@ -128,7 +128,7 @@ def spent(ledger): return sum(i * 1e-6 + o * 2e-6 for _, i, o in ledger)
 @pytest.mark.parametrize('domain, limits, n', [('countdown', STEPS, 60), ('general', WORDS, 30)])
 def test_endpoint_end_to_end(llama, tmp_path, domain, limits, n):
     "N asked for, N valid, four fifths kept; and the estimate from ten rows is within a quarter of the tokens counted."
-    g = generator(tmp_path, f'http://127.0.0.1:{llama}/v1', domain, limits, timeout=30)
+    g = generator(tmp_path, f'http://127.0.0.1:{llama}/v1', domain, limits, timeout=30, question_model='asker')  # the server takes any name
     plan = g.mixture(n)
     g.generate(plan[:10])
     expected = g.estimate(plan)
@@ -141,7 +141,9 @@ def test_endpoint_end_to_end(llama, tmp_path, domain, limits, n):
     for c, row in zip(made.records, plan.to_dict('records')):
         assert [m['role'] for m in c.messages] == ['user', 'assistant'] * row['turns']
         assert {'model', 'question_model', 'prompts', 'seed', 'time', 'input_tokens', 'output_tokens', 'dollars', 'kind', 'topic'} <= set(c.metadata)
+    assert {(c.metadata['question_model'], c.metadata['model']) for c in made.records} == {('given' if domain == 'countdown' else 'asker', 'tiny')}
     assert abs(sum(c.metadata['dollars'] for c in made.records) - made.total['dollars']) < 1e-9
+    print(f'{made}; kept {len(clean(made.records).kept)}; estimated {expected.input_tokens + expected.output_tokens} tokens, counted {counted}')
 
 
 def test_ten_kinds_of_failure(proxy, tmp_path):
