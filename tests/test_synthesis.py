@@ -174,7 +174,7 @@ def command(out, url, *words):
 def test_killed_in_the_middle(proxy, tmp_path):
     "kill -9 loses what was in flight. Nothing else is paid for again, and the planted key is in nothing that was written."
     bad, key, out = proxy(.3, seed=1), 'sk-planted-0123456789abcdef', tmp_path / 'out'
-    run = [sys.executable, '-c', 'import sys; from opd_nb.cli import main; sys.exit(main())', *command(out, bad.url, '--n', '300')]
+    run = [sys.executable, '-c', 'import sys; from opd_nb.cli import main; sys.exit(main())', *command(out, bad.url, '--n', '300', '--options', json.dumps(dict(extra_headers={'X-Key': key})))]
     env = dict(os.environ, PLANTED=key)
     with open(tmp_path / 'first.log', 'w') as log: first = subprocess.Popen(run, cwd=tmp_path, env=env, stdout=log, stderr=log)
     until = time.monotonic() + 60
