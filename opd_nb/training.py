@@ -78,6 +78,7 @@ def prepare(
     train, val = split(rows, config.val_fraction)
     if config.turns == 'all': train, val = ([turn for c in part for turn in each_turn(c)] for part in (train, val))
     teacher = teacher or load_teacher(config.teacher, config)
+    if teacher.capabilities.kind == 'judged' and config.num_generations < 2: raise BadInput('num_generations', config.num_generations, 'must be at least 2 with a teacher that only gives marks: they compare the answers to one prompt', 'Set NUM_GENERATIONS=4.')
     token = config.hf_token.get_secret_value() if config.hf_token else None
     torch.manual_seed(config.seed)
     dtype = 'float32' if config.dtype == 'auto' and not config.lora else config.dtype  # small steps vanish in bfloat16 weights
