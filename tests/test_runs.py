@@ -111,3 +111,13 @@ def test_teachers_in_small(tmp_path):
     assert [len(t['losses']) for t in m['training'].values()] == [0, 3, 3, 3]
     first, *others = (t['losses'] for t in list(m['training'].values())[1:])
     assert all(abs(a - b) < 1e-3 * b for a, b in zip(others[0], first)) and all(abs(a - b) < .3 * b for a, b in zip(others[1], first))
+
+
+def test_loops_side_by_side_in_small(tmp_path):
+    "Our loop and TRL's for two seconds each: the figures mean nothing, but all sides ran, and what TRL refuses it still refuses."
+    small = dict(n_train=100, n_eval=10, batch=8, rate_steps=1, repeats=1, seconds=1, marks=1, max_new_tokens=8)
+    done = papermill(tmp_path, *(w for k, v in small.items() for w in ('-p', k, str(v))), notebook='benchmark_loop')
+    assert done.returncode == 0, done.stderr[-2000:]
+    m = json.loads((tmp_path / 'metrics.json').read_text())
+    assert all('NotImplementedError' in m['refused'][who] for who in ('student', 'teacher')) and (tmp_path / 'loops.png').exists()
+    assert all(m['tokens_per_second'][side] > 0 and m['curves'][side]['steps'] > 1 for side in ('opd_nb', 'opd_nb, gold', 'TRL', 'TRL, mended', 'opd_nb, SentencePiece', 'TRL positional, SentencePiece'))
