@@ -16,7 +16,7 @@ import torch
 
 from .client import Malformed, Question, Refused, Wire
 from .models import LM, read
-from .rollouts import rollout
+from .rollouts import prompt_ids, rollout
 from .spending import TeacherGone
 from .tokens import ChatCodec
 from .types import BadInput, Conversation, Rollout
@@ -208,10 +208,10 @@ class ServerWriter:
         elif self.model != self.name and (has := self.server.get(self.server.root + '/weight_info').get('weight_version')) != self.name:
             raise StaleWriter(self.server.who, f'has the weights {has}, not {self.name}: it was restarted, or somebody else uses it', 'Resume; it is given them again.')
 
-    def __call__(self, lm: LM, conversations: list, max_new_tokens: int, seed: int = 0, step: int = 0, first_row: int = 0, temperature: float = 1.0, top_p: float = 1.0, batch: int = 64) -> list:
+    def __call__(self, lm: LM, conversations: list, max_new_tokens: int, seed: int = 0, step: int = 0, first_row: int = 0, temperature: float = 1.0, top_p: float = 1.0, batch: int = 64, most: int | None = None) -> list:
         "What the student writes when it is asked; see `rollout`. `batch` is the server's own business."
         self.follow(lm, step)
-        prompts = [lm.codec.prompt(c.prompt) for c in conversations]
+        prompts = [prompt_ids(lm.codec, c, most) for c in conversations]
         answers = self.server.post(*(question(p, lm.codec.stop_ids, self.model, self.name, max_new_tokens, seed, step, first_row + i, temperature, top_p) for i, p in enumerate(prompts)))
         out = [written(a, c, p, lm.codec, self.version) for a, c, p in zip(answers, conversations, prompts)]
         d = drift(lm, out[::max(1, len(out) // self.checked)])
