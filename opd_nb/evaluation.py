@@ -155,7 +155,7 @@ class Results:
         "(task, model, against, `Difference`) for each model against the base, and against sft."
         names = [e.name for e in self.entries]
         against = [n for n in ('base', 'sft') if n in names] or names[:1]
-        return [(t, m, a, difference(self.marks(a, t), self.marks(m, t))) for m, t in self.pairs() for a in against if names.index(a) < names.index(m) and (a, t.name) in self.records]
+        return [(t, m, a, difference(self.marks(a, t), self.marks(m, t))) for m, t in self.pairs() for a in against if m not in against[:against.index(a) + 1] and (a, t.name) in self.records]
 
     def __str__(self):
         lines = []
