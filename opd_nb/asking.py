@@ -200,6 +200,6 @@ async def ask_endpoint(
         run, rows = Asking(endpoint, store, domain, models, Purse(cap, store.total()['dollars'] or 0), Pace(per_minute), client), iter(plan.to_dict('records'))
         with tqdm(total=len(plan), unit='record', mininterval=1) as bar: await asyncio.gather(*(work(run, rows, bar) for _ in range(concurrency)))
     if run.error: raise run.error
-    if len(plan) and len(run.made.aside) == len(plan) and all(a['again'] for a in run.made.aside): raise BadInput('endpoint', endpoint.url, f"did not answer; {run.made.aside[0]['why']}", 'See that a server runs there and that the address is right, then run the same again.')
+    if len(plan) and len(run.made.aside) == len(plan) and all(a['again'] for a in run.made.aside): raise BadInput('endpoint', endpoint.url, f"did not answer; {run.made.aside[0]['why'].rstrip('.')}", 'See that a server runs there and that the address is right, then run the same again.')
     run.made.pending = len(plan) - len(run.made.records) - len(run.made.aside)
     return run.made

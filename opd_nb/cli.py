@@ -122,9 +122,9 @@ def validate(
     from opd_nb.validation import ValidateSettings, validate as run
     s = read_flags(ValidateSettings, argv, 'opd validate', 'data')
     found = run(s.data, s.teacher, s.n, s.student, s.k, s.max_new_tokens, s.seed)
-    if s.report: print(found.write(s.report))
     print(found)
     if found.verdict != 'good': print('\nlowest answer overlap:\n' + found.worst.to_string(index=False, max_colwidth=60))
+    if s.report: print(found.write(s.report))
     return found.status
 
 # %% ../nbs/14_cli.ipynb #c020

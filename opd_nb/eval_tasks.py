@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['FIGURES', 'SHIPPED', 'TASKS', 'ELSEWHERE', 'as_choices', 'without_marks', 'right_mass', 'find_file', 'question_rows',
-           'local_task', 'answer_task', 'own_data', 'load_judge', 'register_task', 'maker', 'Unavailable', 'hub_tasks',
-           'tasks_for']
+           'local_task', 'answer_task', 'own_data', 'load_judge', 'register_task', 'maker', 'harness_names',
+           'Unavailable', 'hub_tasks', 'tasks_for']
 
 # %% ../nbs/10_tasks.ipynb #c003
 import importlib
 import json
 import os
 import re
+from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 
@@ -181,6 +182,11 @@ def maker(
     return TASKS.get(name)
 
 # %% ../nbs/10_tasks.ipynb #c030
+@lru_cache
+def harness_names():
+    "lm-eval's index of its tasks: thousands of files, so it is read once, and only for a name that is nobody else's."
+    return need_lm_eval().tasks.TaskManager()
+
 class Unavailable(BadInput):
     "A task that is known, and whose questions cannot be had now."
 
@@ -189,7 +195,7 @@ def hub_tasks(
     options: Options,
 ) -> list:              # of `Task`
     "Tasks of lm-eval, with questions from wherever its files say."
-    known = need_lm_eval().tasks.TaskManager()
+    known = harness_names()
     if name not in known.all_tasks and not name.endswith('.yaml'): raise unknown('task', name, [*SHIPPED, *TASKS, *ELSEWHERE, *known.all_tasks])
     local = f'{name}_local' if f'{name}_local' in SHIPPED else next((n for n in SHIPPED if n.startswith(name)), None)
     remedy = f'Offline, use its local form: {local}=FILE.' if local else 'Offline, use local tasks (countdown, arc_easy_local=FILE) or your own data.'
@@ -212,6 +218,6 @@ def tasks_for(
     if file and not Path(file).is_file(): raise BadInput('tasks', spec, 'must name a file that exists', f'Nothing is at {file}.')
     if make := maker(name): return [make(file, options)]
     if name in SHIPPED: return [local_task(name, file, options)]
-    if file: raise unknown('local task', name, [*SHIPPED, *TASKS, *ELSEWHERE])
+    if file or name.endswith('_local'): raise unknown('local task', name, [*SHIPPED, *TASKS, *ELSEWHERE])
     if Path(spec).suffix in READERS: return [own_data(spec, options, judged, who)]
     return hub_tasks(spec, options)

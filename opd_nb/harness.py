@@ -137,8 +137,8 @@ def record_of(
     first, number = samples[0], lambda v: isinstance(v, (bool, int, float)) or getattr(v, 'ndim', None) == 0
     figures = {m if s['filter'] == 'none' else f"{m} ({s['filter']})": float(s[m]) for s in samples for m in s['metrics'] if number(s[m])}
     arguments, scored = first['arguments'], isinstance(first['filtered_resps'][0], (tuple, list)) and len(first['arguments']) > 1
-    likelihood = [r[0] for r in first['filtered_resps']] if scored else []
-    answer = arguments[max(range(len(likelihood)), key=likelihood.__getitem__)][1].strip() if scored else first['resps'][0][0]
+    length = (lambda text: len(text.removeprefix(' ')) or 1) if 'acc_norm' in first['metrics'] else lambda text: 1
+    answer = arguments[max(range(len(arguments)), key=lambda i: first['filtered_resps'][i][0] / length(arguments[i][1]))][1].strip() if scored else first['resps'][0][0]
     target = arguments[first['target']][1].strip() if scored and isinstance(first['target'], int) and 0 <= first['target'] < len(arguments) else first['target']
     cut = any(too_long(a[0], a[1] if isinstance(a[1], str) else None) for a in arguments)
     return dict(prompt=arguments[0][0], target=str(target), answer=str(answer), figures=figures) | (dict(cut=True) if cut else {})

@@ -135,7 +135,7 @@ def page_body(
     figures: list,     # matplotlib figures
 ) -> str:              # HTML
     "The report below its first sentence."
-    wide = lambda rows: f'<div style="overflow-x:auto">{table(rows)}</div>'
+    wide = lambda rows: f'<div style="overflow-x:auto;white-space:pre-wrap">{table(rows)}</div>' if rows else ''
     part = lambda title, inner: f'<h2>{escape(title)}</h2>{inner}' if inner else ''
     cuts = results.table.groupby(['task', 'model']).cut.max() if len(results.table) else pd.Series(dtype=int)
     notes = same_weights(results) + [f'{t} on {m}: {n} questions were longer than the context and lost their beginning.' for (t, m), n in cuts.items() if n]

@@ -22,6 +22,7 @@ from .cleaning import words_of
 from .data import load_conversations
 from .dataset import data_report
 from .models import LM, read
+from .replies import made_folder
 from .teachers import load_teacher, spans
 from .types import BadInput, Dense, Sparse
 from .vocab import Events, VocabMap
@@ -67,6 +68,7 @@ def top_ids(
     k: int,                       # how many
 ) -> torch.Tensor:          # [T, k] ids, likeliest first
     "The likeliest tokens at each position, a few rows of logits at a time."
+    if k > head.width: raise BadInput('k', k, f'is more than the {head.width} tokens that there are', 'Take a smaller k, such as 10.')
     return torch.cat([head(hidden[s]).topk(k).indices for s in spans(len(hidden))]).cpu()
 
 # %% ../nbs/08_validation.ipynb #c013
@@ -167,6 +169,7 @@ class Validation:
     def write(self,
         path: Path,   # .html file to write
     ) -> Path:
+        made_folder(Path(path).parent)
         rule = f'Above {GOOD:.0%} is good, from {LOOK:.0%} on it wants a look at the samples, below that the data should be made anew or another teacher taken. The worse figure decides. In brackets: 95% intervals.'
         worst = self.worst.assign(overlap=[f'{x:.0%}' for x in self.worst.overlap])
         return data_report(Path(path), f'Validation: {self.verdict}', f'{self.table.records.iloc[-1]} records; {self.note}.', {
