@@ -152,6 +152,7 @@ class Flags(argparse.ArgumentParser):
         self.given = ' '.join(args)
         try: known, rest = self.parse_known_args(args, namespace)
         except argparse.ArgumentError as e: self.error(str(e).removeprefix('argument '))
+        self.known = known
         if not rest: return known
         if rest[0].startswith('-'): raise unknown('flag', rest[0].partition('=')[0], [o for a in self._actions for o in a.option_strings])
         raise BadInput('command line', rest[0], 'is no flag, and belongs to none', f'{self.prog} --help shows what is understood.')
@@ -192,7 +193,7 @@ def run_flags(
 class OPDConfig(Settings):
     "All settings of a run, from every place they can come from, checked."
     def __init__(self,
-        _cli: list | None = None,              # words of a command line, without program and subcommand
+        _cli=None,                             # words of a command line, without program and subcommand; or `Flags` that have read them
         _config: str | Path | None = None,     # YAML file, see `read_file`; --config names it too
         _env_file: str | Path | None = '.env', # file with keys, if there is one; None reads none
         _prog: str = 'opd',                    # name of the program in its help
@@ -202,8 +203,8 @@ class OPDConfig(Settings):
     ):
         fields, source, typed = type(self).model_fields, None, {}
         if _cli is not None:
-            flags = run_flags(_prog, _about)
-            given = flags.parse_args(_cli)
+            flags = _cli if isinstance(_cli, Flags) else run_flags(_prog, _about)
+            given = flags.known if flags is _cli else flags.parse_args(_cli)
             typed = {k: v for k, v in vars(given).items() if k in fields}
             _preset, _config, source = given.preset or _preset, given.config or _config, flags.source(parsed_args=given)
         places = {f'the preset {_preset}': read_preset(_preset), f'{_env_file}': read_keys(read_env(_env_file), fields, True, str(_env_file)),

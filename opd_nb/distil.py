@@ -62,7 +62,7 @@ def continued(
     text = s.data[at:].decode(errors='replace')
     ids, ends = codec.bytes.encode(text) if text else ([], [])
     stop = [codec.stop_ids[0]] if s.stopped else []
-    return replace(r, ids=(*r.ids[:n], *ids, *stop), ends=(*r.ends[:n], *(at + int(e) for e in ends), *([len(s.data) + 1] if stop else [])), data=s.data, stopped=s.stopped, on_policy=False)
+    return replace(r, ids=(*r.ids[:n], *ids, *stop), ends=(*r.ends[:n], *(at + int(e) for e in ends), *([len(s.data) + 1] if stop else [])), data=s.data, stopped=s.stopped, on_policy=False, logprobs=None)
 
 # %% ../nbs/08_distil.ipynb #c015
 def credits(

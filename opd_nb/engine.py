@@ -324,6 +324,7 @@ def get_loss(
             s, t = (led(side.ids, ends, alignment.stride, tokens) for side, ends, tokens in zip((student, teacher), (alignment.student_ends, alignment.teacher_ends), vocab.tokens))
             alignment = alignment.select(s[alignment.student_start] == t[alignment.teacher_start])
         return loss.fn(student, teacher, alignment, vocab, **mine)
+    checked.name = name
     return checked
 
 # %% ../nbs/04_engine.ipynb #c043

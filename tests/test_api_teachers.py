@@ -9,6 +9,7 @@ from conftest import real, slow
 from opd_nb import countdown
 from opd_nb.cache import Answers
 from opd_nb.config import OPDConfig
+from opd_nb.models import tiny_folder
 from opd_nb.spending import SpendingCap, TeacherGone
 from opd_nb.teachers import load_teacher
 from opd_nb.types import BadInput, Conversation
@@ -138,6 +139,39 @@ def test_server_that_dies_and_comes_back(here, records, tmp_path):
         with pytest.raises(TeacherGone, match='no connection'): teacher.score(*records)
         same(teacher.score(conversations[:4], answers[:4]), first)  # from the cache
     with llama_server(gguf, port): same(teacher.score(*records)[:4], first)
+
+
+@pytest.mark.parametrize('done', [1, 2], ids=['in a step', 'in a validation'])
+def test_training_pauses_when_its_server_dies_and_goes_on_to_the_same_end(tmp_path, monkeypatch, capfd, done):
+    "`opd train` with a server that is killed after so many steps; validation follows each second one."
+    from opd_nb.cli import main
+    from opd_nb.data import save_conversations
+    from opd_nb.gguf_export import export_gguf
+    from opd_nb.training import read_log
+    monkeypatch.chdir(tmp_path); monkeypatch.setenv('TEACHER_API_KEY', KEY)
+    gguf, prompts = export_gguf('tiny:teacher', tmp_path / 'm.gguf', 'f32'), save_conversations(countdown.draw(24), tmp_path / 'p.jsonl')
+    def run(folder, *more):
+        words = f'train --student tiny: --teacher api:{url}#teacher --teacher-tokenizer {tiny_folder("teacher")} --teacher-cache a.sqlite --teacher-retries 0 --teacher-concurrency 2 --loss bpm --data {prompts} ' \
+                f'--val-max-samples 3 --eval-every 2 --max-steps 4 --batch 3 --max-new-tokens 12 --learning-rate 2e-3 --device cpu --output-dir {folder}'
+        return main([*words.split(), *more])
+    def events(folder): return [{k: v for k, v in e.items() if 'seconds' not in k} for e in read_log(folder)]
+    with llama_server(gguf) as (real, process):
+        def kill():
+            log = events('dies') if deadly else []
+            if log and log[-1] == dict(log[-1], event='step', step=done): process.kill(); process.wait()
+        deadly = True
+        with fault_proxy(real, before=kill) as (url, _, seen):
+            assert run('dies') == 75
+            told, deadly = capfd.readouterr(), False
+            assert f'saved at step {done}' in told.err and '--resume' in told.err and 'Traceback' not in told.err
+            for secret in (KEY, 'Make ', '+'): assert secret not in (told.out + told.err).replace('e+', '')
+            with llama_server(gguf, int(real.split(':')[-1].split('/')[0])):
+                assert main(['train', '--config', 'dies/config.yaml', '--resume']) == 0
+                asked, scored = len(seen), [str(b) for path, _, b in seen if path == '/completion']
+                assert len(scored) - len(set(scored)) <= 2  # those that were under way
+                assert run('undisturbed') == 0 and len(seen) == asked  # all that was scored is kept
+    assert events('dies') == events('undisturbed')
+    assert (tmp_path / 'dies/final/model.safetensors').read_bytes() == (tmp_path / 'undisturbed/final/model.safetensors').read_bytes()
 
 
 def test_estimate_of_a_walk_is_what_was_counted(here, llama, records, tmp_path):

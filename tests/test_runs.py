@@ -108,3 +108,13 @@ def test_teachers_in_small(tmp_path):
     m = json.loads((tmp_path / 'metrics.json').read_text())
     assert m['embedded']['losses_compared'] == 12 and m['embedded']['largest_loss_difference'] < 1e-3 and 'babyllama105' not in m
     assert m['embedded']['largest_logprob_difference'] < 1e-4 and m['embedded']['least_same_likeliest'] == 1 and (tmp_path / 'time.png').exists()
+
+
+def test_loops_side_by_side_in_small(tmp_path):
+    "Our loop and TRL's for two seconds each: the figures mean nothing, but all sides ran, and what TRL refuses it still refuses."
+    small = dict(n_train=100, n_eval=10, batch=8, rate_steps=1, repeats=1, seconds=1, marks=1, max_new_tokens=8)
+    done = papermill(tmp_path, *(w for k, v in small.items() for w in ('-p', k, str(v))), notebook='benchmark_loop')
+    assert done.returncode == 0, done.stderr[-2000:]
+    m = json.loads((tmp_path / 'metrics.json').read_text())
+    assert all('NotImplementedError' in m['refused'][who] for who in ('student', 'teacher')) and (tmp_path / 'loops.png').exists()
+    assert all(m['tokens_per_second'][side] > 0 and m['curves'][side]['steps'] > 1 for side in ('opd_nb', 'opd_nb, gold', 'TRL', 'TRL, mended', 'opd_nb, SentencePiece', 'TRL positional, SentencePiece'))

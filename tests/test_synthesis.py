@@ -248,13 +248,16 @@ def test_trl_reads_it(tmp_path):
     assert done.cleaned.kept[0].reference in text
 
 
+GRAMMAR = dict(grammar='root ::= [a-z]{2,8} (" " [a-z]{2,8}){3,6}')  # for data-designer, which sends no schema of ours
+
+
 @slow
 def test_nemo_end_to_end(proxy, tmp_path, monkeypatch):
     "data-designer makes the plan on the same kind of server, asks for nothing twice when it is run again, and writes no key."
-    pytest.importorskip('data_designer')
+    pytest.importorskip('data_designer', reason="needs data-designer: pip install '.[nemo]'")
     good, key = proxy(0), 'sk-planted-0123456789abcdef'
     monkeypatch.setenv('PLANTED', key)
-    g = SyntheticDataGenerator('nemo', 'tiny', tmp_path, 'general', base_url=good.url, key='PLANTED', max_tokens=40, options=dict(grammar='root ::= [a-z]{2,8} (" " [a-z]{2,8}){3,6}'))
+    g = SyntheticDataGenerator('nemo', 'tiny', tmp_path, 'general', base_url=good.url, key='PLANTED', max_tokens=40, options=GRAMMAR)
     plan = g.mixture(20)
     made = g.generate(plan)
     assert len(made.records) == 20 and not made.aside and good.keys == {key} and made.total['dollars'] is None
@@ -263,3 +266,14 @@ def test_nemo_end_to_end(proxy, tmp_path, monkeypatch):
     assert g.generate(plan).records != [] and len(good.ledger) == paid
     assert not [p for p in tmp_path.rglob('*') if p.is_file() and key.encode() in p.read_bytes()]
     with pytest.raises(BadInput, match='cap'): g.generate(plan, cap=1)
+
+
+@slow
+def test_nemo_run_notebook(llama, tmp_path):
+    "The run notebook synthesize, with data-designer."
+    pytest.importorskip('data_designer', reason="needs data-designer: pip install '.[nemo]'")
+    done = papermill(tmp_path, '-p', 'n', '12', '-p', 'backend', 'nemo', '-p', 'model', 'tiny', '-p', 'domain', 'general', '-p', 'base_url', f'http://127.0.0.1:{llama}/v1', '-p', 'max_tokens', '40', '-p', 'options', json.dumps(GRAMMAR), notebook='synthesize')
+    assert done.returncode == 0, done.stderr[-2000:]
+    m = json.loads((tmp_path / 'metrics.json').read_text())
+    assert (m['backend'], m['made'], m['set_aside'], m['dollars']) == ('nemo', 12, 0, None) and m['kept'] >= 10
+    assert len(json.loads((tmp_path / 'combined_12.json').read_text())['conversations']) == m['kept']
