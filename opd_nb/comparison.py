@@ -59,7 +59,7 @@ def compare(
     before = {p: solved(r) for (a, p, _), r in results.items() if a == 'before'}
     runs = {}
     for (arm, pair, _), r in results.items():
-        if arm != 'before' and pair in before and 'teacher' in before and at in r['at']: runs.setdefault((pair, arm), []).append(r)
+        if arm != 'before' and '@' not in arm and pair in before and 'teacher' in before and at in r['at']: runs.setdefault((pair, arm), []).append(r)
     rows = []
     puzzles = weights(len(before['teacher']), draws, np.random.default_rng([seed, 0])) if runs else None
     top = puzzles @ before['teacher'] if runs else None
@@ -105,7 +105,7 @@ def plot_curves(
     import matplotlib.pyplot as plt
     if ax is None: _, ax = plt.subplots(figsize=(6.5, 4), layout='constrained')
     start = solved(results['before', pair, 0])
-    arms = dict.fromkeys(a for a, p, _ in results if p == pair and a != 'before')
+    arms = dict.fromkeys(a for a, p, _ in results if p == pair and a != 'before' and '@' not in a)
     styles = [(c, s) for s in ('-', '--') for c in plt.get_cmap('tab10').colors]
     for arm, (colour, dashes) in zip(arms, styles):
         runs = [r for (a, p, _), r in results.items() if (a, p) == (arm, pair)]
@@ -147,7 +147,7 @@ def plot_costs(
     import matplotlib.pyplot as plt
     runs = {}
     for (a, p, _), r in results.items():
-        if p == pair and a != 'before' and at in r['at']: runs.setdefault(a, []).append(r['at'][at])
+        if p == pair and a != 'before' and '@' not in a and at in r['at']: runs.setdefault(a, []).append(r['at'][at])
     if ax is None: _, ax = plt.subplots(figsize=(6.5, .3 * len(runs) + 1.2), layout='constrained')
     left = np.zeros(len(runs))
     for part, colour in dict(rollouts='#2b6cb0', teacher='#2f855a', student='#c05621').items():
