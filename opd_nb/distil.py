@@ -19,6 +19,7 @@ from .alignment import Alignment, align
 from .engine import DEFAULT_LOSS, LOSSES, Side, get_loss, inside, score_weights, teacher_side
 from .health import health
 from .models import LM, read
+from .teachers import SERVES
 from .tokens import ChatCodec
 from .types import BadInput, Judged, Rollout, Written
 from .vocab import VocabMap
@@ -35,8 +36,8 @@ def loss_for(
     if name == 'auto':
         same = vocab is not None and vocab.identical and 'gkd' in can
         name = 'gkd' if same else dict(dense=DEFAULT_LOSS, sparse='bpm', listed='bpm', realised='pg', judged='pg', generated='continuation').get(kind, DEFAULT_LOSS)
-    if name in LOSSES and kind in ('judged', 'generated', 'nothing') and name not in can:
-        raise BadInput('loss', name, f'cannot be had of a teacher that is {kind}', f"Choose one it can serve: {', '.join(can) or 'none'}; or another teacher.")
+    if name in set().union(*SERVES.values()) and name not in can:  # before anything is asked, and paid for
+        raise BadInput('loss', name, f'asks more than this teacher can say ({kind})', f"Choose one it can serve: {', '.join(can) or 'none'}; or another teacher.")
     return get_loss(name, vocab, **options)
 
 # %% ../nbs/08_distil.ipynb #c009

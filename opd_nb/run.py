@@ -132,6 +132,7 @@ def prepare(
     if config.turns == 'all': train, val = ([turn for c in part for turn in each_turn(c)] for part in (train, val))
     if teacher is None and config.method not in ('sft', 'grpo'):
         with state.main_process_first(): teacher = load_teacher(config.teacher, config)  # what one process finds out about an endpoint is kept for the others
+    if teacher and teacher.capabilities.kind == 'judged' and config.num_generations < 2: raise BadInput('num_generations', config.num_generations, 'must be 2 or more with a teacher that only gives marks: they compare the answers to one prompt', 'Set NUM_GENERATIONS=4.')
     torch.manual_seed(config.seed)
     student = load_student(config)
     if asked_to_shard(state): shard(student.model, config, state)

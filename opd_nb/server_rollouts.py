@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TOLERANCE', 'WriterGone', 'StaleWriter', 'Server', 'question', 'written', 'hand_over', 'drift', 'ratio_figures',
-           'same_weights', 'from_first', 'ServerWriter', 'writer_for']
+           'number_format', 'same_weights', 'from_first', 'ServerWriter', 'writer_for']
 
 # %% ../nbs/08_server_rollouts.ipynb #c003
 import asyncio, secrets, shutil, threading
@@ -156,9 +156,16 @@ def ratio_figures(
 # %% ../nbs/08_server_rollouts.ipynb #c027
 TOLERANCE = {torch.float32: 1e-3, torch.float16: .02, torch.bfloat16: .05}  # mean distance in nats
 
+def number_format(
+    lm: LM,           # the student
+) -> torch.dtype:     # of its products; autocast can make it another than that of its weights
+    "The format that decides how exact the student is."
+    kind = lm.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else lm.model.dtype
+
 def same_weights(
     d: torch.Tensor,       # [N] from `drift`
-    dtype: torch.dtype,    # of the student
+    dtype: torch.dtype,    # see `number_format`
     who: str = 'the server', # for the message
 ):
     "Raise `StaleWriter` unless the writer is the student."
@@ -215,7 +222,7 @@ class ServerWriter:
         answers = self.server.post(*(question(p, lm.codec.stop_ids, self.model, self.name, max_new_tokens, seed, step, first_row + i, temperature, top_p) for i, p in enumerate(prompts)))
         out = [written(a, c, p, lm.codec, self.version) for a, c, p in zip(answers, conversations, prompts)]
         d = drift(lm, out[::max(1, len(out) // self.checked)])
-        if step == self.version and len(d): same_weights(d, lm.model.dtype, self.server.who)
+        if step == self.version and len(d): same_weights(d, number_format(lm), self.server.who)
         self.figures = ratio_figures(d) | dict(writer_lag=step - self.version)
         return out
 
