@@ -134,12 +134,11 @@ def read_as(
     compute: torch.dtype | None = None, # number format of products; that of the weights, if not set
 ) -> Side:
     "The student's positions in these completions."
-    texts = [r.prompt_ids for r in rows], [r.ids for r in rows]
-    if compute is None: return read(student.model, *texts)
-    with torch.autocast(student.device.type, compute): side = read(student.model, *texts)
-    return replace(side, hidden=side.hidden.to(compute), head=replace(side.head, weight=side.head.weight.to(compute)))
+    with torch.autocast(student.device.type, compute, enabled=compute is not None): side = read(student.model, [r.prompt_ids for r in rows], [r.ids for r in rows])
+    if all(r.logprobs for r in rows): side = replace(side, logprobs=torch.tensor([x for r in rows for x in r.logprobs], device=side.ids.device))
+    return side if compute is None else replace(side, hidden=side.hidden.to(compute), head=replace(side.head, weight=side.head.weight.to(compute)))
 
-# %% ../nbs/08_distil.ipynb #c029
+# %% ../nbs/08_distil.ipynb #c031
 def distil_rows(
     student: LM,
     teacher,               # one teacher, see `parts`
