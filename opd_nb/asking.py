@@ -8,6 +8,7 @@ __all__ = ['CapReached', 'Purse', 'in_thread', 'Made', 'record', 'Pace', 'Asking
 # %% ../nbs/07_asking.ipynb #c003
 import asyncio
 import json
+from collections import Counter
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -61,7 +62,10 @@ class Made:
     pending: int = 0                             # rows that the cap or an interruption left for later
     total: dict = field(default_factory=dict)    # of `Store.total`
 
-    def __str__(self): return f"{len(self.records)} records, {len(self.aside)} set aside, {self.pending} pending; {self.total['replies']:,} replies, {money(self.total['dollars'])}"
+    def __str__(self):
+        often, again = Counter(a['why'] for a in self.aside).most_common(1), sum(a['again'] for a in self.aside)
+        why = f" (most often: {often[0][0][:120]}{f'; the same again tries {again} anew' if again else ''})" if often else ''
+        return f"{len(self.records)} records, {len(self.aside)} set aside{why}, {self.pending} pending; {self.total['replies']:,} replies, {money(self.total['dollars'])}"
 
 # %% ../nbs/07_asking.ipynb #c011
 def record(
@@ -196,5 +200,6 @@ async def ask_endpoint(
         run, rows = Asking(endpoint, store, domain, models, Purse(cap, store.total()['dollars'] or 0), Pace(per_minute), client), iter(plan.to_dict('records'))
         with tqdm(total=len(plan), unit='record', mininterval=1) as bar: await asyncio.gather(*(work(run, rows, bar) for _ in range(concurrency)))
     if run.error: raise run.error
+    if len(plan) and len(run.made.aside) == len(plan) and all(a['again'] for a in run.made.aside): raise BadInput('endpoint', endpoint.url, f"did not answer; {run.made.aside[0]['why'].rstrip('.')}", 'See that a server runs there and that the address is right, then run the same again.')
     run.made.pending = len(plan) - len(run.made.records) - len(run.made.aside)
     return run.made

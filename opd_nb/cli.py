@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'command', 'usage', 'main', 'read_settings', 'settings_and', 'summary', 'run_notebook', 'demo', 'literal',
-           'doctor', 'step', 'read_flags', 'synth', 'validate', 'train', 'chat', 'typed', 'export', 'cache',
+           'doctor', 'step', 'read_flags', 'synth', 'validate', 'train', 'eval_', 'chat', 'typed', 'export', 'cache',
            'notebook_folder', 'notebooks']
 
 # %% ../nbs/14_cli.ipynb #c003
@@ -193,9 +193,9 @@ def validate(
     from opd_nb.validation import ValidateSettings, validate as run
     s = read_flags(ValidateSettings, argv, 'opd validate', 'data')
     found = run(s.data, s.teacher, s.n, s.student, s.k, s.max_new_tokens, s.seed)
-    if s.report: print(found.write(s.report))
     print(found)
     if found.verdict != 'good': print('\nlowest answer overlap:\n' + found.worst.to_string(index=False, max_colwidth=60))
+    if s.report: print(found.write(s.report))
     return found.status
 
 # %% ../nbs/14_cli.ipynb #c027
@@ -208,11 +208,48 @@ def train(
     from opd_nb.training import train as run
     done = run(config)
     last = next((e for e in reversed(done.events) if e['event'] == 'validation'), done.events[-1])
-    print(f"{done.steps} steps in {done.seconds:.0f} s; loss {last['loss']:.4f}, top-1 agreement {last['top1_agreement']:.1%}")
+    print(f"{done.steps} steps in {done.seconds:.0f} s; loss {last['loss']:.4f}" + (f", top-1 agreement {last['top1_agreement']:.1%}" if 'top1_agreement' in last else ''))
     print(f'student  {done.student}\nbest     {done.best}\nlog      {done.folder / "log.jsonl"}')
     return 0
 
 # %% ../nbs/14_cli.ipynb #c029
+@command
+def eval_(
+    argv: list,    # models, tasks, settings
+) -> int:          # 1 if something failed
+    "Compare students on tasks: opd eval --models base=tiny:student best=runs/opd/best --tasks countdown --limit 50"
+    parser = Flags('opd eval', summary('eval'), epilog='Settings of a run are understood too, such as --device and --dtype; opd train --help lists them.')
+    parser.add_argument('--models', nargs='+', metavar='NAME=SPEC', help='models by name, or the folder of a run for all its students; what BASE_MODEL_ID, SFT_MODEL_PATH and KD_MODEL_PATH name, if not given')
+    parser.add_argument('--tasks', metavar='NAMES', help='by comma: countdown, arc_easy_local, NAME=FILE, names of lm-eval, files of your own questions and answers [default EVAL_TASKS]')
+    parser.add_argument('--limit', metavar='N', help='most questions of a task [default EVAL_MAX_SAMPLES]')
+    parser.add_argument('--data', default='benchmarks', metavar='DIR', help='folder with the files of local tasks [default benchmarks]')
+    parser.add_argument('--fewshot', type=int, metavar='N', help="examples before each question [default: the task's own number]")
+    parser.add_argument('--chat', default='auto', metavar='WHEN', help='chat template: on, off, or auto, which leaves it out where given choices are compared [default auto]')
+    parser.add_argument('--batch-size', default='auto', metavar='N', help='requests at a time [default auto]')
+    parser.add_argument('--answer-tokens', type=int, metavar='N', help="longest answer, in tokens [default: the task's own]")
+    parser.add_argument('--judge', metavar='SPEC', help='a teacher that marks answers to your own questions, such as openrouter:MODEL')
+    parser.add_argument('--out', metavar='DIR', help='folder of the reports [default EVAL_OUTPUT_DIR]')
+    known, rest = parser.parse_known_args(argv)
+    own, settings = {o for a in parser._actions for o in a.option_strings}, {'--' + f.replace('_', '-') for f in OPDConfig.model_fields}
+    strange = [w.partition('=')[0] for w in rest if w.startswith('--') and w.partition('=')[0] not in settings | {'--config', '--preset'} | {s.replace('--', '--no-', 1) for s in settings}]
+    if strange: raise unknown('flag', strange[0], own | settings)
+    given = {k: v for k, v in dict(eval_tasks=known.tasks, eval_max_samples=known.limit, eval_output_dir=known.out).items() if v is not None}
+    config = read_settings([*rest, *(w for k, v in given.items() for w in ('--' + k.replace('_', '-'), v))], 'opd eval')
+    from opd_nb.eval_tasks import load_judge
+    from opd_nb.evaluation import evaluate
+    from opd_nb.harness import Options
+    from opd_nb.lineup import lineup, lineup_of
+    from opd_nb.report import write_reports
+    entries = lineup(known.models) if known.models else lineup_of(config)
+    options = Options(config.eval_max_samples, known.fewshot, known.chat, known.batch_size if known.batch_size == 'auto' else int(literal(known.batch_size)), known.answer_tokens, Path(known.data))
+    judge = dict(judged=load_judge(known.judge, config), who=known.judge) if known.judge else None
+    token = config.hf_token.get_secret_value() if config.hf_token else None
+    found = evaluate(entries, [t.strip() for t in config.eval_tasks.split(',') if t.strip()], options, config.eval_output_dir, judge=judge, dtype=config.dtype, device=config.device, token=token)
+    out = write_reports(found, config.eval_output_dir)
+    print(f'{found}\n\nreport   {out / "report.html"}\nfigures  {out / "results.csv"}')
+    return found.status
+
+# %% ../nbs/14_cli.ipynb #c031
 @command
 def chat(
     argv: list,    # STUDENT ..., flags
@@ -242,7 +279,7 @@ def typed():   # yields lines
         try: yield input('> ')
         except EOFError: return
 
-# %% ../nbs/14_cli.ipynb #c031
+# %% ../nbs/14_cli.ipynb #c033
 @command
 def export(
     argv: list,    # STUDENT, flags
@@ -273,7 +310,7 @@ def export(
     if given.push: print(f'pushed   {push(done, given.push, OPDConfig().hf_token, not given.public)}')
     return 0
 
-# %% ../nbs/14_cli.ipynb #c034
+# %% ../nbs/14_cli.ipynb #c036
 @command
 def cache(
     argv: list,    # --clear [MODEL], settings
@@ -294,7 +331,7 @@ def cache(
         print(f"{r['model'] or 'list of models'}  {r['answers']} answers, {(r['tokens_in'] or 0) + (r['tokens_out'] or 0):,} tokens, {dollars}, {r['bytes'] / 1e6:.2f} MB")
     return 0
 
-# %% ../nbs/14_cli.ipynb #c036
+# %% ../nbs/14_cli.ipynb #c038
 def notebook_folder() -> Path:
     "Where the run notebooks are."
     import opd_nb
@@ -302,7 +339,7 @@ def notebook_folder() -> Path:
     inside, checkout = package / 'notebooks', package.parent / 'nbs' / 'runs'
     return inside if inside.is_dir() else checkout
 
-# %% ../nbs/14_cli.ipynb #c037
+# %% ../nbs/14_cli.ipynb #c039
 @command
 def notebooks(
     argv: list,    # [folder]

@@ -9,12 +9,14 @@ __all__ = ['FileTokenizer', 'FileCodec', 'Logits', 'signal_of', 'lay_out', 'cont
 import types
 from pathlib import Path
 
+import numpy as np
 import torch
 from jinja2.exceptions import TemplateError
 
 from .config import OPDConfig
 from .gguf_file import Reader, Vocabulary, find_file, piece_of
-from .teachers import Capabilities, register_teacher
+from .scalar_losses import realised
+from .teachers import Capabilities, register_teacher, secret, written
 from .tokens import ChatCodec, TokenBytes, turn_of
 from .types import BadInput, Dense, Head, Sparse
 
@@ -88,14 +90,14 @@ def signal_of(
     ends,         # [T] their byte ends
     width: int,   # V
     top_k: int,   # likeliest tokens kept of each row; 0 keeps whole rows
+    stops=(),     # token ids that end a turn
 ):                # `Dense` or `Sparse`
     "What a teacher says of one completion. With `top_k`, never more than one block of logits is held."
     real, rest = [torch.zeros(0)], [(torch.zeros(0, top_k), torch.zeros(0, top_k, dtype=torch.long)) if top_k else (torch.zeros(0, width),)]
     for block in blocks:
         z, at = torch.from_numpy(block.copy()), sum(map(len, real))
-        logp = z.log_softmax(-1)
-        real.append(logp.gather(1, torch.tensor(ids[at:at + len(z)])[:, None])[:, 0])
-        rest.append(tuple(logp.topk(top_k)) if top_k else (z,))
+        real.append(realised(z, torch.tensor(ids[at:at + len(z)]), stops))
+        rest.append(tuple(z.log_softmax(-1).topk(top_k)) if top_k else (z,))
     start, rest = dict(ids=tuple(ids), ends=tuple(int(e) for e in ends), logprobs=torch.cat(real)), [torch.cat(r) for r in zip(*rest)]
     return Sparse(**start, top_ids=rest[1], top_logprobs=rest[0]) if top_k else Dense(**start, hidden=rest[0], head=Logits(width))
 
@@ -141,6 +143,7 @@ class GGUFTeacher:
     ):
         self.codec, self.reader, self.limit = FileCodec(path, arguments), Reader(path, **reader), limit
         self.top_k = min(top_k, self.reader.width)
+        if not np.isfinite(next(self.reader.rows([self.codec.stop_ids[0]], 0))).all(): raise BadInput('teacher', path.name, 'gives logits that are not numbers', 'The file is damaged; fetch it again.')
         self.capabilities = Capabilities(dense=not top_k, realised=True, generates=True, tokenizer=str(path))
 
     def lay_out(self,
@@ -163,7 +166,7 @@ class GGUFTeacher:
         if not self.top_k and need > self.limit: raise BadInput('teacher_top_k', 0, f'would hold {need / 2**30:.1f} GB of logits at once, and {self.limit / 2**30:.1f} is the bound', 'Set TEACHER_TOP_K=64, or lower micro_batch or MAX_NEW_TOKENS.')
         for i in sorted(good, key=lambda i: out[i][0] + out[i][1]):  # shared beginnings next to each other
             prompt, ids, ends = out[i]
-            out[i] = signal_of(read([*prompt, *ids[:-1]], len(prompt) - 1) if ids else (), ids, ends, width, self.top_k)
+            out[i] = signal_of(read([*prompt, *ids[:-1]], len(prompt) - 1) if ids else (), ids, ends, width, self.top_k, self.codec.stop_ids)
         return out
 
     def generate(self,
@@ -174,8 +177,7 @@ class GGUFTeacher:
         laid = self.lay_out(conversations, [(b'', False)] * len(conversations))
         for r in laid:
             if isinstance(r, BadInput): raise r
-        read = [self.codec.read(continue_greedily(self.reader, p, self.codec.stop_ids, max_new_tokens)) for p, _, _ in laid]
-        return [(data.decode(errors='replace'), stopped) for data, _, stopped in read]
+        return written(self.codec, [continue_greedily(self.reader, p, self.codec.stop_ids, max_new_tokens) for p, _, _ in laid])
 
 # %% ../nbs/05_gguf.ipynb #c024
 @register_teacher('gguf')
@@ -185,7 +187,6 @@ def gguf_teacher(
 ) -> GGUFTeacher:
     "A GGUF file as teacher. Whole rows, unless TEACHER_TOP_K was set."
     get = lambda name, default: getattr(config, f'teacher_{name}', default)
-    token = config.hf_token.get_secret_value() if config.hf_token else None
     top_k = get('top_k', 0) if 'teacher_top_k' in config.model_fields_set else 0
-    return GGUFTeacher(find_file(spec, get('preferred_quant', 'Q4_K_M'), token), top_k, get('template', None),
+    return GGUFTeacher(find_file(spec, get('preferred_quant', 'Q4_K_M'), secret(config.hf_token)), top_k, get('template', None),
                        n_ctx=get('n_ctx', 2048), n_gpu_layers=get('n_gpu_layers', -1), n_threads=get('n_threads', None))

@@ -147,7 +147,7 @@ class Sequence:
         data: bytes,     # the completion
         size,            # function of a text: tokens in it
     ) -> float:          # in [0, 1]
-        task = '\n'.join(f"{m['role']}: {m['content']}" for m in messages)
+        task = '\n'.join(f"{m['role']}: {m.get('content') or ''}" for m in messages)
         body = dict(messages=[dict(role='system', content=RUBRIC), dict(role='user', content=json.dumps(dict(task=task, answer=data.decode(errors='replace')), ensure_ascii=False))],
                     max_tokens=64, temperature=0, response_format=dict(type='json_schema', json_schema=dict(name='mark', strict=True, schema=SCHEMA)))
         def read(answer):

@@ -20,11 +20,16 @@ from .vocab import VocabMap
 
 # %% ../nbs/04_scalar_losses.ipynb #c006
 def realised(
-    logits: torch.Tensor,  # [N, V] the student's
+    logits: torch.Tensor,  # [N, V]
     ids: torch.Tensor,     # [N] realised tokens
+    stops=(),              # token ids that end a turn, one event together
 ) -> torch.Tensor:         # [N] log-probabilities, in nats
-    "What the student gives the tokens it wrote."
-    return logits.log_softmax(-1).gather(1, ids[:, None])[:, 0]
+    "What a model gives the tokens that stood there."
+    logp = logits.log_softmax(-1)
+    own = logp.gather(1, ids[:, None])[:, 0]
+    if len(stops) < 2: return own
+    stops = torch.tensor(stops, device=ids.device)
+    return torch.where(torch.isin(ids, stops), logp[:, stops].logsumexp(-1), own)
 
 # %% ../nbs/04_scalar_losses.ipynb #c007
 def per_span(
@@ -57,7 +62,7 @@ def alm(
     def value(s, q, piece):
         n_s, n_t = piece.student_len, piece.teacher_len
         if debias: n_s, n_t = n_s - more[piece.units].to(n_s), n_t - more[piece.units].to(n_t)
-        y_s, y_t = per_span(realised(s, piece.student_ids), piece.student_start, n_s), per_span(piece.teacher_logprobs.to(s), piece.teacher_start, n_t)
+        y_s, y_t = per_span(realised(s, piece.student_ids, vocab.stops[0]), piece.student_start, n_s), per_span(piece.teacher_logprobs.to(s), piece.teacher_start, n_t)
         if debias:
             ends = lambda logp, at, words: torch.where(more[piece.units].to(at.device) > 0, logp[at.clamp(max=len(logp) - 1)][:, words].logsumexp(-1), 0.)
             y_s, y_t = y_s + ends(s.log_softmax(-1), piece.student_start + n_s, ends_word[0]), y_t + ends(q, piece.teacher_start + n_t, ends_word[1]).to(y_t)
@@ -102,7 +107,7 @@ def pg(
 ) -> LossOutput:
     "Clipped surrogate per chunk; its weight is the number of student tokens. Its value is minus the advantage while the policy is that of sampling."
     def value(s, q, piece):
-        now = realised(s, piece.student_ids)
+        now = realised(s, piece.student_ids, vocab.stops[0] if vocab else ())
         was = now.detach() if piece.student_logprobs is None else piece.student_logprobs.to(now)
         start, n = piece.student_start, piece.student_len
         a = per_span(piece.teacher_logprobs.to(now), piece.teacher_start, piece.teacher_len) - per_span(was, start, n) if advantage is None else advantage[piece.units].to(now)
@@ -128,7 +133,7 @@ def trust(
     if 'realised' not in teacher.gives: raise BadInput('loss', 'trust', f'needs the log-probability of every token the student wrote too; this teacher gives: {", ".join(teacher.gives)}', 'Choose another teacher, or a loss for lists alone: strict, bpm, escd.')
     vocab = vocab.to(student.hidden.device)
     def value(s, q, piece):
-        now = realised(s, piece.student_ids)
+        now = realised(s, piece.student_ids, vocab.stops[0])
         was = now.detach() if piece.student_logprobs is None else piece.student_logprobs.to(now)
         a = piece.teacher_logprobs.to(now) - was
         known, m, ratio = ~a.isnan() & (q > -1e3).any(-1), a.clamp(max=0).exp().nan_to_num(0.), (now - was).exp()

@@ -98,7 +98,7 @@ def _local(g, plan, store, cap):
 def _nemo(g, plan, store, cap):
     from opd_nb.nemo import generate_nemo
     if cap is not None: raise BadInput('cap', cap, 'cannot be kept by backend nemo, which does not tell what a request costs', 'Leave it out, or take backend openai.')
-    made = generate_nemo(plan, g.domain, g.models, g.out, **g.options)
+    made = generate_nemo(plan, g.domain, g.models, g.out, **{k: v for k, v in g.options.items() if k != 'per_million'})
     made.total = dict(replies=sum(len(c.messages) for c in made.records), input_tokens=None, output_tokens=None, dollars=None)
     return made
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SERVES', 'TEACHERS', 'ELSEWHERE', 'Capabilities', 'register_teacher', 'several', 'load_teacher', 'HFTeacher', 'spans',
-           'realised', 'loading', 'hf_teacher', 'tiny_teacher', 'measure', 'describe', 'Several']
+           'written', 'secret', 'loading', 'hf_teacher', 'tiny_teacher', 'measure', 'describe', 'Several']
 
 # %% ../nbs/05_teachers.ipynb #c003
 import hashlib, importlib, importlib.util, re, time
@@ -14,6 +14,7 @@ import torch
 
 from .config import OPDConfig
 from .models import LM, read, write
+from .scalar_losses import realised
 from .types import BadInput, Dense, unknown
 
 # %% ../nbs/05_teachers.ipynb #c006
@@ -108,7 +109,7 @@ class HFTeacher:
         for start in range(0, len(order), self.batch):
             rows = order[start:start + self.batch]
             side = read(self.lm.model, [prompts[i] for i in rows], [cuts[i][0] for i in rows])
-            logp = torch.cat([realised(side, s) for s in spans(len(side.ids))]) if len(side.ids) else side.hidden.new_zeros(0)
+            logp = torch.cat([realised(side.logits(s), side.ids[s], self.codec.stop_ids) for s in spans(len(side.ids))]) if len(side.ids) else side.hidden.new_zeros(0)
             for i, hidden, lp in zip(rows, side.hidden.split([len(cuts[i][0]) for i in rows]), logp.split([len(cuts[i][0]) for i in rows])):
                 out[i] = Dense(tuple(cuts[i][0]), tuple(cuts[i][1].tolist()), lp, hidden, side.head)
         return out
@@ -121,7 +122,7 @@ class HFTeacher:
         out = []
         for start in range(0, len(conversations), self.batch):
             prompts = [self.codec.prompt(c.prompt) for c in conversations[start:start + self.batch]]
-            out += [(data.decode(errors='replace'), stopped) for data, _, stopped in map(self.codec.read, write(self.lm, prompts, max_new_tokens))]
+            out += written(self.codec, write(self.lm, prompts, max_new_tokens))
         return out
 
 # %% ../nbs/05_teachers.ipynb #c017
@@ -132,15 +133,21 @@ def spans(
     "Slices that cover n rows, so that logits exist for a few of them at a time."
     return [slice(i, min(n, i + size)) for i in range(0, n, size)]
 
-# %% ../nbs/05_teachers.ipynb #c019
-def realised(
-    side,             # a `Side`
-    rows: slice,
-) -> torch.Tensor:    # [rows] in nats
-    "Log-probability of the tokens that stood at these rows."
-    return side.logits(rows).log_softmax(-1).gather(1, side.ids[rows, None])[:, 0]
+# %% ../nbs/05_teachers.ipynb #c018
+def written(
+    codec,       # whose tokens they are
+    rows: list,  # token ids of each completion
+) -> list:       # (text, stopped) of each
+    "What was written, as text."
+    return [(data.decode(errors='replace'), stopped) for data, _, stopped in map(codec.read, rows)]
 
 # %% ../nbs/05_teachers.ipynb #c020
+def secret(
+    value,       # a secret setting, or None
+) -> str | None: # its text
+    "A key, to be handed on and shown nowhere."
+    return value.get_secret_value() if value else None
+
 def loading(
     config: OPDConfig,
 ) -> dict:      # arguments of `LM.load`
@@ -160,8 +167,7 @@ def hf_teacher(
     config: OPDConfig,   # dtype, device, token and what `loading` takes
 ) -> HFTeacher:
     "A Hugging Face model as teacher."
-    token = config.hf_token.get_secret_value() if config.hf_token else None
-    return HFTeacher(LM.load(f'hf:{path}', 'teacher', config.teacher_dtype, config.device, token, config.teacher_template, **loading(config)), config.micro_batch)
+    return HFTeacher(LM.load(f'hf:{path}', 'teacher', config.teacher_dtype, config.teacher_device or config.device, secret(config.hf_token), config.teacher_template, **loading(config)), config.micro_batch)
 
 # %% ../nbs/05_teachers.ipynb #c023
 @register_teacher('tiny')
@@ -170,7 +176,7 @@ def tiny_teacher(
     config: OPDConfig,   # dtype, device
 ) -> HFTeacher:
     "An embedded model as teacher."
-    return HFTeacher(LM.load(f'tiny:{name}', 'teacher', config.teacher_dtype, config.device), config.micro_batch)
+    return HFTeacher(LM.load(f'tiny:{name}', 'teacher', config.teacher_dtype, config.teacher_device or config.device), config.micro_batch)
 
 # %% ../nbs/05_teachers.ipynb #c032
 def measure(

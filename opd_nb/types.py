@@ -71,9 +71,12 @@ class Rollout:
     data: bytes        # the completion's bytes, without the stop
     stopped: bool      # ended by itself (True) or cut by the length limit (False)
     on_policy: bool = True  # sampled from the student (True) or reference text (False)
+    version: int | None = None # steps that the server's weights had behind them; None where no server wrote it
+    logprobs: tuple | None = None # [T] log p of each token, as the server saw it, in nats at temperature 1; None where no server wrote it
 
     def __post_init__(self):
         assert len(self.ids) == len(self.ends), f"{len(self.ids)} ids but {len(self.ends)} ends"
+        assert self.logprobs is None or len(self.logprobs) == len(self.ids), f"{len(self.ids)} ids but {len(self.logprobs)} logprobs"
 
     @property
     def text(self) -> str:

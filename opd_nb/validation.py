@@ -22,6 +22,7 @@ from .cleaning import words_of
 from .data import load_conversations
 from .dataset import data_report
 from .models import LM, read
+from .replies import made_folder
 from .teachers import load_teacher, spans
 from .types import BadInput, Dense, Sparse
 from .vocab import Events, VocabMap
@@ -67,6 +68,7 @@ def top_ids(
     k: int,                       # how many
 ) -> torch.Tensor:          # [T, k] ids, likeliest first
     "The likeliest tokens at each position, a few rows of logits at a time."
+    if k > head.width: raise BadInput('k', k, f'is more than the {head.width} tokens that there are', 'Take a smaller k, such as 10.')
     return torch.cat([head(hidden[s]).topk(k).indices for s in spans(len(hidden))]).cpu()
 
 # %% ../nbs/08_validation.ipynb #c013
@@ -167,7 +169,12 @@ class Validation:
     def write(self,
         path: Path,   # .html file to write
     ) -> Path:
-        return data_report(Path(path), f'Validation: {self.verdict}', self.note, {'Overlap': self.shown, 'Lowest answer overlap': self.worst})
+        made_folder(Path(path).parent)
+        rule = f'Above {GOOD:.0%} is good, from {LOOK:.0%} on it wants a look at the samples, below that the data should be made anew or another teacher taken. The worse figure decides. In brackets: 95% intervals.'
+        worst = self.worst.assign(overlap=[f'{x:.0%}' for x in self.worst.overlap])
+        return data_report(Path(path), f'Validation: {self.verdict}', f'{self.table.records.iloc[-1]} records; {self.note}.', {
+            'Overlap': ('Answer overlap: words that the teacher\'s own answer shares with the record\'s. Top-k overlap: likeliest tokens that teacher and student have in common along the record\'s answer. ' + rule, self.shown),
+            'Lowest answer overlap': ('The records with which the teacher agrees least, beside what it would have said.', worst)})
 
 # %% ../nbs/08_validation.ipynb #c026
 def validate(
@@ -195,7 +202,7 @@ def validate(
         a = interval([overlap[i] for i in keep], seed=seed)
         t = interval([tops[i][0] for i in keep], [tops[i][1] for i in keep], seed=seed)
         return dict(kind=kind, records=len(keep), answer=a[0], answer_low=a[1], answer_high=a[2], topk=t[0], topk_low=t[1], topk_high=t[2], verdict=verdict(a[0], t[0]))
-    table = [row(kind, [i for i, x in enumerate(kinds) if x == kind]) for kind in sorted(set(kinds))] + [row('all', range(len(rows)))]
+    table = [row(kind, [i for i, x in enumerate(kinds) if x == kind]) for kind in sorted(set(kinds)) if {*kinds} != {'unnamed'}] + [row('all', range(len(rows)))]
     worst = sorted(range(len(rows)), key=lambda i: overlap[i])[:5]
     note = f'answers of {name}; ' + (f'top {k} of {name} and {student if isinstance(student, str) else lm.path.split("/")[-1]}' if lm else 'top-k overlap not measured, since no student was named')
     return Validation(pd.DataFrame(table), pd.DataFrame([dict(overlap=round(overlap[i], 3), question=rows[i].prompt[-1]['content'], record=rows[i].reference, teacher=own[i]) for i in worst]), note)

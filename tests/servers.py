@@ -45,7 +45,15 @@ def command_server(*words, patience=180, **env):
             except urllib.error.HTTPError: break  # it answers, if only with an error
             except OSError: pass
         yield f'http://127.0.0.1:{port}/v1'
-    finally: os.killpg(process.pid, signal.SIGKILL); process.wait()  # its workers too
+    finally:
+        with contextlib.suppress(ProcessLookupError): os.killpg(process.pid, signal.SIGKILL)  # its workers too
+        process.wait()
+
+
+def vllm_server(python, folder):
+    "vLLM, of the environment that has this interpreter, in float32 on a CPU."
+    words = f'-m vllm.entrypoints.openai.api_server --model {folder} --port {{port}} --host 127.0.0.1 --dtype float32 --max-model-len 256 --max-logprobs -1 --enforce-eager --distributed-executor-backend uni'
+    return command_server(python, *words.split(), patience=400, HF_HUB_OFFLINE='1', VLLM_NO_USAGE_STATS='1', VLLM_CPU_KVCACHE_SPACE='1', TORCHDYNAMO_DISABLE='1', VLLM_ENABLE_V1_MULTIPROCESSING='0')
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -135,8 +143,8 @@ def contract_server(spec, can=('prompt_logprobs', 'sglang', 'echo', 'ids', 'chat
 
 
 @contextlib.contextmanager
-def fault_proxy(url, faults=()):
-    "A proxy before a real server. Each POST takes the next of `faults`, then all pass. Gives its address, the faults still to come and the requests seen."
+def fault_proxy(url, faults=(), only='', before=lambda: None):
+    "A proxy before a real server. Each POST calls `before` and takes the next of `faults`, then all pass; those whose path does not end in `only` find nothing. Gives its address, the faults still to come and the requests seen."
     import socket, struct, time, urllib.error, urllib.request
     root, faults, seen = url.removesuffix('/v1'), list(faults), []
 
@@ -150,6 +158,8 @@ def fault_proxy(url, faults=()):
         def do_POST(self):
             body = self.body(); seen.append((self.path, {k.lower(): v for k, v in self.headers.items()}, json.loads(body)))
             fault = faults.pop(0) if faults else None
+            before()
+            if not self.path.endswith(only): return self.send(404, dict(error=dict(message='no such path')))
             quoted = f"{self.headers.get('Authorization')} {body.decode()}"
             if fault == 'busy': return self.send(429, dict(error=dict(message='slow down')), Retry_After=.1)
             if fault == 'broken': return self.send(500, dict(error=dict(message='oops')))
@@ -160,7 +170,8 @@ def fault_proxy(url, faults=()):
             if fault == 'reset':
                 self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0)); self.close_connection = True
                 self.connection.close(); return
-            code, answer = self.forward(body)
+            try: code, answer = self.forward(body)
+            except OSError: self.close_connection = True; return  # nobody is there any more
             if fault == 'cut': answer = answer[:len(answer) // 2]
             if fault == 'short': answer = json.dumps(json.loads(answer)[:-1]).encode() if answer[:1] == b'[' else b'{}'
             if fault == 'slow': time.sleep(.3)
@@ -169,3 +180,40 @@ def fault_proxy(url, faults=()):
             with contextlib.suppress(OSError): super().finish()
 
     with http_server(Proxy) as here: yield here + '/v1', faults, seen
+
+
+@contextlib.contextmanager
+def writing_server(spec):
+    "vLLM's contract for rollouts, kept by a model of ours: it continues token ids, says how likely each was, and takes adapters and weights from folders. `deaf` says yes to them and keeps what it has."
+    import copy
+    from types import SimpleNamespace
+    from opd_nb.models import LM, read, write
+    from opd_nb.rollouts import KeyedSampler, uniforms
+    lm = LM.load(spec, dtype='float32', device='cpu')
+    state, lock = SimpleNamespace(models={'base': lm.model}, version='default', deaf=False, seen=[]), threading.Lock()
+
+    class Serve(Handler):
+        def do_GET(self): self.send(200, dict(weight_version=state.version) if self.path == '/weight_info' else dict(data=[dict(id=name, parent=None if name == 'base' else 'base') for name in state.models]))
+        def do_POST(self):
+            b = json.loads(self.body()); state.seen.append((self.path, b))
+            with lock: self.send(*getattr(self, self.path.rpartition('/')[2])(b))
+        def completions(self, b):
+            if b['model'] not in state.models: return 404, dict(error=dict(message=f"The model `{b['model']}` does not exist."))
+            mine = LM(state.models[b['model']].eval(), lm.codec, lm.path)
+            ids, = write(mine, [b['prompt']], b['max_tokens'], [KeyedSampler(uniforms(b['seed'], 0, [0], b['max_tokens']), b['temperature'], b['top_p'])])
+            side = read(mine.model, [b['prompt']], [ids])
+            told = side.logits(slice(None)).log_softmax(-1).gather(1, side.ids[:, None])[:, 0].tolist()
+            return 200, dict(choices=[dict(token_ids=ids, logprobs=dict(token_logprobs=told), finish_reason='stop')], usage=dict(prompt_tokens=len(b['prompt']), completion_tokens=len(ids)))
+        def load_lora_adapter(self, b):
+            from peft import PeftModel
+            base = copy.deepcopy(state.models['base'])
+            state.models[b['lora_name']] = base if state.deaf else PeftModel.from_pretrained(base, b['lora_path'])
+            return 200, 'Success'
+        def unload_lora_adapter(self, b): state.models.pop(b['lora_name']); return 200, 'Success'
+        def collective_rpc(self, b):
+            from transformers import AutoModelForCausalLM
+            if not state.deaf: state.models['base'].load_state_dict(AutoModelForCausalLM.from_pretrained(b['kwargs']['weights_path'], dtype='float32').state_dict())
+            return 200, dict(results=[None])
+        def update_weight_version(self, b): state.version = b['new_version']; return 200, dict(success=True)
+
+    with http_server(Serve) as url: yield url, state

@@ -1,0 +1,132 @@
+"Rollouts by a server: what can be shown without vLLM, and, slow, with it."
+import os
+
+import pytest
+import torch
+
+from conftest import slow
+from opd_nb import countdown
+from opd_nb.config import OPDConfig
+from opd_nb.models import LM
+from opd_nb.rollouts import rollout
+from opd_nb.server_rollouts import Server, ServerWriter, StaleWriter, WriterGone, drift, written, writer_for
+from opd_nb.spending import TeacherGone
+from opd_nb.types import BadInput
+from servers import command_server, served, writing_server
+
+ASKS = countdown.draw(6, 1)
+
+
+def shaken(model, size, seed=0):
+    "Other weights, of those that are trained."
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad: p.add_(torch.randn(p.shape, generator=g) * size)
+
+
+def with_adapter(lm):
+    from peft import LoraConfig, get_peft_model
+    return LM(get_peft_model(lm.model, LoraConfig(r=8, target_modules=['q_proj', 'k_proj', 'v_proj', 'o_proj'], lora_dropout=.3)), lm.codec, lm.path)
+
+
+def test_what_a_row_is_given_does_not_depend_on_the_batch(tmp_path):
+    lm = LM.load('tiny:student', dtype='float32')
+    with writing_server('tiny:student') as (url, state):
+        whole, halves = (ServerWriter(f'vllm:{url}', tmp_path / n) for n in 'ab')
+        together = [r.ids for r in whole(lm, ASKS, 24, seed=3, step=2)]
+        apart = [r.ids for k in (0, 3) for r in halves(lm, ASKS[k:k + 3], 24, seed=3, step=2, first_row=k)]
+        assert together == apart != [r.ids for r in whole(lm, ASKS, 24, seed=3, step=3)]
+        asked = [b for path, b in state.seen if path.endswith('completions')]
+        assert {b['temperature'] for b in asked} == {1.} and all(b['stop_token_ids'] == list(lm.codec.stop_ids) and b['repetition_penalty'] == 1 for b in asked)
+
+
+def test_another_server_is_refused_with_what_is_needed(tmp_path):
+    "llama.cpp's server takes token ids and tells logprobs, but no ids, and no weights."
+    pytest.importorskip('xllamacpp', reason="llama.cpp's server comes with the dev requirements")
+    lm = LM.load('tiny:student', dtype='float32')
+    with served('tiny:student') as (url, _):
+        with pytest.raises(WriterGone, match='VLLM_SERVER_DEV_MODE=1'): ServerWriter(f'vllm:{url}', tmp_path)(lm, ASKS, 8)
+        with pytest.raises(WriterGone, match='VLLM_ALLOW_RUNTIME_LORA_UPDATING=1'): ServerWriter(f'vllm:{url}', tmp_path)(with_adapter(lm), ASKS, 8)
+        from opd_nb.server_rollouts import question
+        prompt = lm.codec.prompt(ASKS[0].prompt)
+        answer, = Server(f'vllm:{url}').post(question(prompt, lm.codec.stop_ids, 'any', 'a', 8, 0, 0, 0))
+        with pytest.raises(BadInput, match='token ids'): written(answer, ASKS[0], prompt, lm.codec, 0)
+
+
+def test_a_server_that_is_away_is_an_end_the_loop_knows(tmp_path):
+    lm = LM.load('tiny:student', dtype='float32')
+    with writing_server('tiny:student') as (url, _): pass
+    writer = ServerWriter(f'vllm:{url}', tmp_path)
+    writer.server.retries = 0
+    with pytest.raises(TeacherGone, match='no connection'): writer(lm, ASKS, 8)
+
+
+@pytest.mark.parametrize('spec', ['there', 'vllm:', 'vllm:localhost:8000', 'api:http://localhost:8000'])
+def test_bad_addresses(spec, tmp_path):
+    with pytest.raises(BadInput, match='rollouts'): writer_for(OPDConfig(_env_file=None, rollouts=spec, output_dir=tmp_path))
+
+
+def test_here_is_the_students_own_writing(tmp_path):
+    assert writer_for(OPDConfig(_env_file=None, output_dir=tmp_path)) is rollout
+
+
+@pytest.fixture(scope='module')
+def vllm(tmp_path_factory):
+    "A vLLM server of the embedded student. OPD_VLLM_PYTHON is the interpreter of an environment that has it. The head is saved untied: on a CPU vLLM keeps a packed copy of a tied one, which a reload does not renew."
+    python = os.environ.get('OPD_VLLM_PYTHON') or pytest.skip('OPD_VLLM_PYTHON names no environment with vLLM')
+    lm, folder = LM.load('tiny:student', dtype='float32'), tmp_path_factory.mktemp('untied')
+    untied(lm.model)
+    lm.model.save_pretrained(folder); lm.codec.tok.save_pretrained(folder)
+    with command_server(python, '-m', 'vllm.entrypoints.openai.api_server', '--model', str(folder), '--port', '{port}', '--host', '127.0.0.1', '--dtype', 'float32', '--max-model-len', '512', '--enforce-eager', '--distributed-executor-backend', 'uni',
+                        '--enable-lora', '--max-lora-rank', '16', '--max-loras', '2', patience=400, HF_HUB_OFFLINE='1', VLLM_NO_USAGE_STATS='1', VLLM_CPU_KVCACHE_SPACE='1', TORCHDYNAMO_DISABLE='1', VLLM_ENABLE_V1_MULTIPROCESSING='0',
+                        VLLM_SERVER_DEV_MODE='1', VLLM_ALLOW_RUNTIME_LORA_UPDATING='1') as url: yield str(folder), url
+
+
+def untied(model):
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.get_input_embeddings().weight.detach().clone())
+
+
+@slow
+@pytest.mark.parametrize('lora', [False, True], ids=['whole', 'lora'])
+def test_vllm_follows_the_student(vllm, lora, tmp_path):
+    folder, url = vllm
+    lm = LM.load(folder, dtype='float32')
+    ServerWriter(f'vllm:{url}', tmp_path / 'base').follow(lm, 0)  # another test left other weights there, which the first batch would find
+    if lora: lm = with_adapter(lm)
+    writer, seen = ServerWriter(f'vllm:{url}', tmp_path, sync_every=2), []
+    for step in range(4):
+        rolled = writer(lm, ASKS, 24, seed=1, step=step)
+        seen.append((rolled[0].version, drift(lm, rolled).abs().max().item()))
+        assert all(len(r.logprobs) == len(r.ids) for r in rolled) and any(r.stopped for r in rolled)
+        shaken(lm.model, .1 if lora else .02, step)
+    assert [v for v, _ in seen] == [0, 0, 2, 2]
+    assert max(d for _, d in seen[::2]) < 1e-4 < .1 < min(d for _, d in seen[1::2]), seen  # exact when new, and it shows when not
+    assert [r.ids for r in writer(lm, ASKS, 24, seed=1, step=4)] == [r.ids for r in writer(lm, ASKS, 24, seed=1, step=4)]
+    one_token = lm.codec.bytes.encode('=')[0][-1]
+    stops = LM(lm.model, lm.codec, lm.path); kept = lm.codec.stop_ids
+    try:
+        lm.codec.stop_ids = (*kept, one_token)
+        ended = writer(stops, ASKS, 24, seed=1, step=4)
+        assert any(r.ids[-1] == one_token for r in ended) and all(one_token not in r.ids[:-1] for r in ended)
+    finally: lm.codec.stop_ids = kept
+
+
+@slow
+def test_vllm_that_stays_behind_is_found_out(vllm, tmp_path, monkeypatch):
+    "Somebody gives the server other weights after they were handed over; a copy of the base model writes in place of an adapter."
+    folder, url = vllm
+    lm = LM.load(folder, dtype='float32')
+    writer = ServerWriter(f'vllm:{url}', tmp_path / 'a', sync_every=9)
+    writer(lm, ASKS, 24)
+    ServerWriter(f'vllm:{url}', tmp_path / 'b').follow(lm, 0)
+    with pytest.raises(StaleWriter, match='somebody else'): writer(lm, ASKS, 24, step=1)
+    ServerWriter(f'vllm:{url}', tmp_path / 'base').follow(lm, 0)
+    adapted = with_adapter(lm)
+    writer = ServerWriter(f'vllm:{url}', tmp_path / 'c')
+    writer(adapted, ASKS, 24)
+    shaken(adapted.model, .1)
+    base = Server(f'vllm:{url}').get('/models')['data'][0]['id']
+    monkeypatch.setattr('opd_nb.server_rollouts.hand_over', lambda *a: base)
+    with pytest.raises(StaleWriter, match='differ by up to'): writer(adapted, ASKS, 24, step=1)
