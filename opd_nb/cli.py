@@ -132,6 +132,7 @@ def doctor(
 ) -> int:          # 1 if something would stop the run
     "Look at a run before it begins: what is there, what fits, what it will take: opd doctor --preset laptop"
     config = read_settings(argv, 'opd doctor')
+    logging.getLogger('opd_nb').setLevel(logging.WARNING)  # each line begins with its word
     from opd_nb.doctor import examine
     stops = 0
     for line in examine(config): print(line, flush=True); stops += line.level == 'stop'
