@@ -130,3 +130,33 @@ def test_vllm_that_stays_behind_is_found_out(vllm, tmp_path, monkeypatch):
     base = Server(f'vllm:{url}').get('/models')['data'][0]['id']
     monkeypatch.setattr('opd_nb.server_rollouts.hand_over', lambda *a: base)
     with pytest.raises(StaleWriter, match='differ by up to'): writer(adapted, ASKS, 24, step=1)
+
+
+TWO = '''
+import sys
+from opd_nb import countdown
+from opd_nb.models import LM
+from opd_nb.processes import processes
+from opd_nb.server_rollouts import ServerWriter, WriterGone
+state, (url, folder) = processes('cpu'), sys.argv[1:]
+mine = countdown.draw(6, 1)[state.process_index * 3:][:3]
+writer = ServerWriter(f'vllm:{url}', folder)
+for step in range(2): print('ids', state.process_index, step, [r.ids for r in writer(LM.load('tiny:student', dtype='float32', device='cpu'), mine, 8, step=step, first_row=state.process_index * 3)], flush=True)
+try: ServerWriter('vllm:http://127.0.0.1:9', folder)(LM.load('tiny:student', device='cpu'), mine, 8)
+except WriterGone as e: print('end', state.process_index, e, flush=True)
+'''
+
+
+@slow
+def test_two_processes_share_one_writer(tmp_path):
+    "One hands over, both write; what they write is what one alone would get; an end reaches both."
+    import subprocess, sys
+    (tmp_path / 'two.py').write_text(TWO)
+    with writing_server('tiny:student') as (url, state):
+        done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '--standalone', str(tmp_path / 'two.py'), url, str(tmp_path)], capture_output=True, text=True, timeout=300, env=os.environ | dict(ACCELERATE_USE_CPU='true'))
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert sum(p == '/collective_rpc' for p, _ in state.seen) == 2
+        alone = ServerWriter(f'vllm:{url}', tmp_path / 'alone')(LM.load('tiny:student', dtype='float32'), ASKS, 8, step=1)
+    said = sorted(line for line in done.stdout.splitlines() if line.startswith(('ids', 'end')))
+    assert [line.split()[1] for line in said[:2]] == ['0', '1'] and all('does not take new weights' in line for line in said[:2]), said
+    assert [said[3], said[5]] == [f'ids {k} 1 {[r.ids for r in alone[3 * k:3 * k + 3]]}' for k in range(2)]
