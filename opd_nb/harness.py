@@ -118,9 +118,9 @@ def wrapped(
 ):                  # an lm-eval model
     "A loaded model as lm-eval wants it."
     class Loaded(need_lm_eval().models.huggingface.HFLM):
-        def loglikelihood(self, requests, disable_tqdm=False): return self.counted(super().loglikelihood, requests)
-        def generate_until(self, requests, disable_tqdm=False): return self.counted(super().generate_until, requests)
-        def counted(self, run, requests):
+        def loglikelihood(self, requests, disable_tqdm=False): return self._counted(super().loglikelihood, requests)
+        def generate_until(self, requests, disable_tqdm=False): return self._counted(super().generate_until, requests)
+        def _counted(self, run, requests):
             self.cache_hook = self  # told of each request that is done
             self.share = 1 / max(1, len(requests))
             return run(requests, disable_tqdm=True)
@@ -148,7 +148,7 @@ def ask_lm_eval(
     lm: LM,             # who is asked
     task,               # an lm-eval task
     rows: list,         # indices of its questions, ascending
-    options: Options,
+    options: Options,   # how to ask
     tick,               # see `Task`
 ) -> list:              # a record for each
     "Put questions of an lm-eval task to a model."
@@ -169,7 +169,7 @@ def ask_lm_eval(
 # %% ../nbs/10_harness.ipynb #c022
 def lm_eval_task(
     task,               # a task that lm-eval has loaded
-    options: Options,
+    options: Options,   # how to ask
     spec: dict | None = None, # what identifies it, beside its configuration
 ) -> Task:
     "An lm-eval task as one of ours."

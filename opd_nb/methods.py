@@ -19,7 +19,7 @@ from .alignment import align
 from .distil import batches, distil_rows, parts, read_as
 from .engine import LOSSES
 from .processes import share
-from .rollouts import as_rollout, rollout
+from .rollouts import as_rollout
 from .types import BadInput, unknown
 
 # %% ../nbs/09_methods.ipynb #c006
@@ -67,7 +67,7 @@ def written(
     "What the student answers."
     c, here = run.config, share(run.state, len(conversations), run.config.num_generations)
     with torch.autocast(run.student.device.type, run.compute, enabled=run.compute is not None):
-        return rollout(run.student, conversations[here], c.max_new_tokens, c.seed, step, here.start, c.temperature, c.top_p, run.micro_batch, run.most)
+        return run.write(run.student, conversations[here], c.max_new_tokens, c.seed, step, here.start, c.temperature, c.top_p, run.micro_batch, run.most)
 
 # %% ../nbs/09_methods.ipynb #c013
 def taken(

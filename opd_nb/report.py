@@ -18,16 +18,16 @@ import numpy as np
 import pandas as pd
 
 from .compare import by_chance, mean_interval
-from .evaluation import Results
 from .harness import Task
 from .pictures import picture, table, write_page
+from .results import Results
 
 # %% ../nbs/10_report.ipynb #c008
 COLOURS = dict(base='#a0aec0', sft='#b7791f')  # the others are blue, a teacher green
 
 def plot_task(
-    results: Results,
-    task: Task,
+    results: Results,  # of `evaluate`
+    task: Task,        # one of its tasks
 ):                    # matplotlib figure
     "Every model on one task."
     import matplotlib.pyplot as plt
@@ -50,7 +50,7 @@ def plot_task(
 
 # %% ../nbs/10_report.ipynb #c011
 def plot_curve(
-    results: Results,
+    results: Results,  # of `evaluate`
 ):                     # matplotlib figure, or None with fewer than three points
     "Every task over the steps of a run."
     import matplotlib.pyplot as plt
@@ -69,7 +69,7 @@ def plot_curve(
 
 # %% ../nbs/10_report.ipynb #c014
 def verdict(
-    results: Results,
+    results: Results,  # of `evaluate`
 ) -> str:
     "What was found, in a sentence for each task."
     said, names = [], [e.name for e in results.entries]
@@ -84,8 +84,8 @@ def verdict(
 
 # %% ../nbs/10_report.ipynb #c017
 def side_by_side(
-    results: Results,
-    task: Task,
+    results: Results,  # of `evaluate`
+    task: Task,        # one of its tasks
     n: int = 8,        # questions
     width: int = 400,  # characters of a text, at most
 ) -> list:             # of dicts: question, wanted, and the answer of each model
@@ -102,7 +102,7 @@ def side_by_side(
 
 # %% ../nbs/10_report.ipynb #c020
 def summary_rows(
-    results: Results,
+    results: Results,  # of `evaluate`
 ) -> list:             # of dicts: task, questions, a cell for each model
     "The main figures, a row a task."
     rows, table_ = [], results.table
@@ -112,7 +112,7 @@ def summary_rows(
     return [dict.fromkeys(['task', 'figure', 'questions', *(e.name for e in results.entries)], '—') | r for r in rows]
 
 def difference_rows(
-    results: Results,
+    results: Results,  # of `evaluate`
 ) -> list:             # of dicts
     "Every difference, with its verdict."
     return [dict(task=t.name, model=m, against=a, difference=f'{d.value * k:+.1f} [{d.low * k:+.1f}, {d.high * k:+.1f}]', p='< 0.001' if d.p < .001 else f'{d.p:.3f}',
@@ -123,7 +123,7 @@ METHOD = ('Intervals of a model: Wilson for right-or-wrong figures, percentiles 
           'p-values from the draws shifted to no difference (Efron and Tibshirani 1993, 16.4). A difference is called shown when the interval leaves out 0 and p is below 0.05. They speak of other questions of the same kind, not of other runs of the training.')
 
 def same_weights(
-    results: Results,
+    results: Results,  # of `evaluate`
 ) -> list:             # of sentences
     "Which of the models are one and the same."
     groups = {}
@@ -131,7 +131,7 @@ def same_weights(
     return [f"{' and '.join(names)} have the same content, so they were evaluated once." for names in groups.values() if len(names) > 1]
 
 def page_body(
-    results: Results,
+    results: Results,  # of `evaluate`
     figures: list,     # matplotlib figures
 ) -> str:              # HTML
     "The report below its first sentence."
@@ -148,9 +148,9 @@ def page_body(
 
 # %% ../nbs/10_report.ipynb #c026
 def write_reports(
-    results: Results,
+    results: Results,  # of `evaluate`
     folder: Path | str = 'reports',  # a new folder, named by the time, is made in it
-    title: str = 'Evaluation',
+    title: str = 'Evaluation',  # of the page
 ) -> Path:             # the new folder
     "Write everything: results.csv, differences.csv, results.json, samples.jsonl, a PNG for each task, report.html."
     import matplotlib.pyplot as plt

@@ -73,8 +73,9 @@ def train_step(
     for o in run.optimizers if sane else (): o.step()
     for s in run.schedulers: s.step()
     run.step, run.failed, run.latest = run.step + 1, 0 if sane else run.failed + 1, terms[0].rollouts
+    written_by = run.write.figures if run.latest and run.latest[0].logprobs else {}  # of a server
     return dict(event='step', step=run.step, loss=loss, trained=trained, skipped=int(not sane), grad_norm=norm, lr=run.schedulers[-1].get_last_lr()[0],
-                **figures, seconds_writing=writing_took, seconds=time.perf_counter() - start)
+                **figures, **written_by, seconds_writing=writing_took, seconds=time.perf_counter() - start)
 
 # %% ../nbs/09_training.ipynb #c009
 def summary(

@@ -5,14 +5,9 @@ import pytest
 import torch
 
 from conftest import ROOT, slow
-from test_training import OPD, config, figures, prompts, weights
+from test_training import OPD, config, figures, flags, prompts, weights
 from opd_nb.checkpoints import newest_checkpoint, open_folder, save_student
 from opd_nb.training import prepare, read_log, train
-
-
-def flags(c):
-    "The words of a command line that mean these settings."
-    return [f"--{k.replace('_', '-')}={v}" for k, v in c.model_dump(mode='json', exclude_defaults=True).items()]
 
 
 def same_weights(a, b):
@@ -24,12 +19,12 @@ def test_forty_steps_are_twenty_a_kill_and_twenty(prompts, tmp_path):
     kw = dict(max_steps=40, batch=2, max_new_tokens=12, save_every=20, eval_every=10, val_max_samples=3)
     whole = train(config(prompts, tmp_path / 'whole', **kw), progress=False)
     part = config(prompts, tmp_path / 'part', **kw)
-    process = subprocess.Popen([*OPD, 'train', *flags(part)], cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([*OPD, 'train', *flags(part.model_dump(mode='json', exclude_defaults=True))], cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     while process.poll() is None and not any(e['step'] > 20 for e in read_log(tmp_path / 'part')): time.sleep(.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, 'it was done before it could be killed'
     assert newest_checkpoint(tmp_path / 'part').name == 'step-20' and not (tmp_path / 'part' / 'final').exists()
-    done = subprocess.run([*OPD, 'train', *flags(part), '--resume'], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([*OPD, 'train', *flags(part.model_dump(mode='json', exclude_defaults=True)), '--resume'], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert same_weights(whole.student, tmp_path / 'part' / 'final') and same_weights(whole.best, tmp_path / 'part' / 'best')
     assert figures(whole.folder) == figures(tmp_path / 'part')
@@ -99,7 +94,7 @@ def launch(*words, processes=2):
 def test_two_processes_are_one(prompts, tmp_path):
     kw = dict(max_steps=20, batch=6, num_generations=2, max_new_tokens=12, lambda_sft=.2, eval_every=10, save_every=10, learning_rate=3e-4)
     one = train(config(prompts, tmp_path / 'one', **kw), progress=False)
-    done = launch(*flags(config(prompts, tmp_path / 'two', **kw)))
+    done = launch(*flags(config(prompts, tmp_path / 'two', **kw).model_dump(mode='json', exclude_defaults=True)))
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count('student ') == 1, done.stdout  # one of them speaks
     a, b = figures(one.folder), figures(tmp_path / 'two')
