@@ -179,6 +179,7 @@ def lm_eval_task(
     main = 'acc_norm' if 'acc_norm' in better else next(iter(better))
     shots = config.get('num_fewshot') or 0 if options.fewshot is None or config.get('num_fewshot') == 0 else options.fewshot
     drawn = shots > 0 and (config.get('fewshot_config') or {}).get('sampler', 'default') == 'default'
+    config.pop('num_fewshot', None)  # lm-eval writes it there while asking; `shots` says it
     docs = task.eval_docs
     questions = [docs[i] for i in range(min(len(docs), options.limit or len(docs)))]
     asked = dict(config=config, shots=shots, chat=options.chat, max_new_tokens=options.max_new_tokens, lm_eval=need_lm_eval().__version__)
