@@ -248,7 +248,7 @@ def eval_(
     config = read_settings([*rest, *(w for k, v in given.items() for w in ('--' + k.replace('_', '-'), v))], 'opd eval')
     from opd_nb.eval_tasks import load_judge; from opd_nb.evaluation import evaluate; from opd_nb.harness import Options; from opd_nb.lineup import lineup, lineup_of; from opd_nb.report import write_reports
     entries = lineup(known.models) if known.models else lineup_of(config)
-    options = Options(config.eval_max_samples, known.fewshot, known.chat, known.batch_size if known.batch_size == 'auto' else int(literal(known.batch_size)), known.answer_tokens, Path(known.data))
+    options = Options(config.eval_max_samples, known.fewshot, known.chat, literal(known.batch_size), known.answer_tokens, Path(known.data))
     judge = dict(judged=load_judge(known.judge, config), who=known.judge) if known.judge else None
     token = config.hf_token.get_secret_value() if config.hf_token else None
     found = evaluate(entries, [t.strip() for t in config.eval_tasks.split(',') if t.strip()], options, config.eval_output_dir, judge=judge, dtype=config.dtype, device=config.device, token=token)
