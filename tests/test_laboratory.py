@@ -3,12 +3,13 @@ import json
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from conftest import real
+from conftest import real, slow
 from opd_nb import countdown
 from opd_nb.alignment import align
 from opd_nb.baselines import group_advantages, grpo_loss
@@ -148,3 +149,51 @@ def test_same_seed_same_table(fast, tmp_path):
         assert at(a[k]) == at(b[k])
     columns = ['arm', 'pair', 'accuracy', 'low', 'high', 'recovery', 'recovery_low', 'recovery_high', 'tokens']
     assert compare(a)[columns].equals(compare(b)[columns])
+
+
+def papermill(folder, *words):
+    nb = Path(__file__).resolve().parents[1] / 'nbs' / 'runs' / 'countdown.ipynb'
+    done = subprocess.run([sys.executable, '-m', 'papermill', str(nb), str(folder / 'out.ipynb'), '-p', 'output_dir', str(folder), *words], cwd=folder, capture_output=True, text=True, timeout=1500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((folder / 'metrics.json').read_text())
+
+
+def test_notebook_reads_what_is_there(fast, tmp_path):
+    "Tables and pictures of the finished runs."
+    m = papermill(tmp_path, '-p', 'results', str(fast / 'results'))
+    assert m['finished'] == 17 and 'gold-crossing' in m['recovery']
+    assert {'curves.png', 'recovery.png', 'costs.png'} <= {p.name for p in tmp_path.iterdir()}
+
+
+@slow
+def test_fast_notebook(tmp_path):
+    assert papermill(tmp_path, '-p', 'fast', 'True')['finished'] == 17
+
+
+def made_tiny(family, folder):
+    "A randomly initialised model of a family, with its real tokenizer."
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+    if family == 'llama':
+        tok = PreTrainedTokenizerFast(tokenizer_file=str(real('tokenizers', 'llama3', 'tokenizer.json')), bos_token='<|begin_of_text|>', eos_token='<|eot_id|>', pad_token='<|eot_id|>',
+                                      chat_template="{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n{{ m['content'] }}<|eot_id|>{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}")
+    else: tok = AutoTokenizer.from_pretrained(real('tokenizers', 'qwen2'))
+    config, model = dict(llama=(LlamaConfig, LlamaForCausalLM), qwen2=(Qwen2Config, Qwen2ForCausalLM), qwen3=(Qwen3Config, Qwen3ForCausalLM))[family]
+    torch.manual_seed(0)
+    more = dict(head_dim=8) if family == 'qwen3' else {}
+    m = model(config(vocab_size=dict(llama=128_256).get(family, 151_936), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, intermediate_size=32, tie_word_embeddings=True, eos_token_id=tok.eos_token_id, bos_token_id=None, **more))
+    m.save_pretrained(folder / family); tok.save_pretrained(folder / family)
+    return str(folder / family)
+
+
+@pytest.mark.parametrize('recipe, student, teacher, words', [
+    pytest.param('questions', 'qwen2', 'qwen2', ['-p', 'tasks', 'arc_easy_local,hellaswag_local,truthfulqa_mc2_local'], id='questions'),
+    pytest.param('gold-llama', 'llama', 'qwen3', ['-p', 'methods', 'grpo,gold_trl,bpm'], marks=slow, id='gold-llama')])
+def test_recipe_at_tiny_size(tmp_path, monkeypatch, recipe, student, teacher, words):
+    "The full-size recipes, on random models of their families."
+    monkeypatch.setenv('OPD_REAL_DATA', str(real('benchmarks').parent))
+    models = [made_tiny(f, tmp_path / side) for f, side in ((student, 'students'), (teacher, 'teachers'))]
+    papermill(tmp_path, '-p', 'recipe', recipe, '-p', 'student', models[0], '-p', 'teacher', models[1], '-p', 'max_steps', '1', '-p', 'max_new_tokens', '6', '-p', 'eval_max_samples', '3', *words)
+    done = {p.parent.name for p in (tmp_path / recipe).glob('*/final')}
+    assert done == dict(questions={'sft', 'distilled'}).get(recipe, {'grpo', 'gold_trl', 'bpm'})
+    shown = json.dumps(json.loads((tmp_path / 'out.ipynb').read_text()))
+    assert all(name in shown for name in ['base', *done])
