@@ -22,7 +22,8 @@ from .memory import available, estimate, human, shape_of
 from .models import pick_device
 from .rollouts import rollout
 from .spending import TeacherGone
-from .step import Pair, ask, learn, load_pair, load_student
+from .run import load_student
+from .step import Pair, ask, learn, load_pair
 from .teachers import describe, load_teacher, measure, several
 from .types import BadInput, Conversation
 from .vocab import VocabMap, similarity
