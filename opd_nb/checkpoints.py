@@ -80,9 +80,12 @@ def note(
 ):
     "Add an event to the log, in memory and, by the main process, on disk."
     event = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in event.items()}
+    if told := [str(w) for w in run.watch.see(event)]: event['warnings'] = told
     run.events.append(event)
     if not run.state.is_main_process: return
     with writing(run.config.output_dir / 'log.jsonl'), open(run.config.output_dir / 'log.jsonl', 'a') as f: f.write(json.dumps(event) + '\n')
+    for w in told: log.warning('%s', w)
+    if run.trackers: run.trackers.log(event)
 
 # %% ../nbs/09_checkpoints.ipynb #c013
 def read_log(
@@ -143,6 +146,7 @@ def go_on(
     folder = run.config.output_dir
     if newest := newest_checkpoint(folder): load_checkpoint(run, newest)
     run.events = [e for e in read_log(folder) if e['step'] <= run.step]
+    for e in run.events: run.watch.see(e)  # so that it knows how the run began, and what it has said
     run.state.wait_for_everyone()
     if run.state.is_main_process:
         with writing(folder / 'log.jsonl'):

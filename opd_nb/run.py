@@ -25,8 +25,10 @@ from .rollouts import longest_prompt, rollout
 from .server_rollouts import writer_for
 from .sharding import asked_to_shard, shard
 from .teachers import load_teacher
+from .trackers import wanted
 from .types import BadInput
 from .vocab import VocabMap
+from .watch import Watch
 
 log = logging.getLogger('opd_nb')
 
@@ -54,6 +56,8 @@ class Run:
     failed: int = 0          # steps without a usable gradient, in a row
     latest: list = field(default_factory=list)  # rollouts of the last step
     events: list = field(default_factory=list)  # what `log.jsonl` holds
+    watch: object = field(default_factory=Watch) # looks at the events
+    trackers: object = None  # are told the events, see `Trackers`
 
     @property
     def weights(self) -> list:
@@ -127,18 +131,18 @@ def prepare(
     "Check the settings, load both models and the data."
     if not config.data: raise BadInput('data', config.data, 'must name a file with prompts', 'Use --data prompts.jsonl; opd demo makes one for the embedded models.')
     if not (config.lambda_kd or config.lambda_sft): raise BadInput('lambda_kd', 0., 'leaves nothing to train on, with lambda_sft at 0', 'Give one of them a weight.')
+    wanted(config.track)
     state = processes(config.device)
     train, val = split(need_references(load_conversations(config.data, limit=config.num_samples), config), config.val_fraction)
     if config.turns == 'all': train, val = ([turn for c in part for turn in each_turn(c)] for part in (train, val))
     if teacher is None and config.method not in ('sft', 'grpo'):
         with state.main_process_first(): teacher = load_teacher(config.teacher, config)  # what one process finds out about an endpoint is kept for the others
-    if teacher and teacher.capabilities.kind == 'judged' and config.num_generations < 2: raise BadInput('num_generations', config.num_generations, 'must be 2 or more with a teacher that only gives marks: they compare the answers to one prompt', 'Set NUM_GENERATIONS=4.')
     torch.manual_seed(config.seed)
     student = load_student(config)
     if asked_to_shard(state): shard(student.model, config, state)
     vocab = VocabMap.build(student.codec, teacher.codec) if teacher and teacher.codec else None  # an endpoint that only writes may not tell its tokens
     loss = teacher and loss_for(config.loss, vocab, teacher, beta=config.beta)
-    run = Run(config, student, teacher, vocab, loss, train, val[:config.val_max_samples], state, compute=compute_dtype(config, student), write=writer_for(config), micro_batch=config.micro_batch,
+    run = Run(config, student, teacher, vocab, loss, train, val[:config.val_max_samples], state, compute=compute_dtype(config, student), write=writer_for(config), watch=Watch(config), micro_batch=config.micro_batch,
               most=longest_prompt(student, config.max_new_tokens, config.max_prompt_tokens))
     run.optimizers = make_optimizers(student.model, config.optimizer, config.learning_rate, config.weight_decay)
     run.schedulers = [make_schedule(o, config) for o in run.optimizers]

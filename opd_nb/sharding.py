@@ -96,6 +96,7 @@ def put_back(
     saved: dict,   # whole, see `gathered`
 ):
     "Load an optimizer's state, each part to its process."
+    if len(saved['param_groups']) != len(optimizer.param_groups): raise BadInput('resume', True, 'cannot go on: one of the two runs divides the layers among processes (FSDP), and the other does not', 'Launch it as it was launched before.')
     optimizer.load_state_dict(saved)
     for p, s in optimizer.state.items():
         for k, x in s.items():

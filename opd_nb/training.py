@@ -29,6 +29,7 @@ from .processes import added, all_or_none, joined, processes, set_gradients
 from .run import Run, add_lora, make_optimizers, prepare
 from .sharding import clip_gradients, is_sharded
 from .spending import TeacherGone
+from .trackers import Trackers
 from .types import BadInput
 
 log = logging.getLogger('opd_nb')
@@ -76,7 +77,7 @@ def train_step(
     run.step, run.failed, run.latest = run.step + 1, 0 if sane else run.failed + 1, terms[0].rollouts
     written_by = run.write.figures if run.latest and run.latest[0].logprobs else {}  # of a server
     return dict(event='step', step=run.step, loss=loss, trained=trained, skipped=int(not sane), grad_norm=norm, lr=run.schedulers[-1].get_last_lr()[0],
-                **figures, **written_by, seconds_writing=writing_took, seconds=time.perf_counter() - start)
+                on_policy=sum(r.on_policy for r in run.latest) / max(1, len(run.latest)), **figures, **written_by, seconds_writing=writing_took, seconds=time.perf_counter() - start)
 
 # %% ../nbs/09_training.ipynb #c009
 def summary(
@@ -206,7 +207,9 @@ def train(
     all_or_none(state, lambda: open_folder(config.output_dir, config.resume) if state.is_main_process else None)
     run = all_or_none(state, lambda: prepare(config, teacher))
     if config.resume: go_on(run)
-    if state.is_main_process: config.save(config.output_dir / 'config.yaml')
+    if state.is_main_process:
+        config.save(config.output_dir / 'config.yaml')
+        run.trackers = Trackers(config, config.output_dir, run.step)
     start = time.perf_counter()
     with tqdm(total=config.max_steps, initial=run.step, desc='distil', disable=not (progress and state.is_main_process), mininterval=1) as bar:
         while True:
@@ -219,6 +222,7 @@ def train(
             if run.failed == FAILURES: raise failing(run)
             bar.update(); bar.set_postfix(loss=f"{figures['loss']:.3f}", overlap=f"{figures.get('overlap', 0):.2f}", refresh=False)
     final = save_student(run, 'final')
+    if run.trackers: run.trackers.close()
     best = config.output_dir / 'best'
     return Trained(config.output_dir, final, best if best.is_dir() else final, run.events, time.perf_counter() - start, run.step)
 
