@@ -12,6 +12,7 @@ import os
 from dataclasses import dataclass, field, replace
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from .checkpoints import put
 from .config import OPDConfig
@@ -22,6 +23,7 @@ from .models import LM
 from .processes import processes
 from .rollouts import longest_prompt, rollout
 from .server_rollouts import writer_for
+from .sharding import asked_to_shard, shard
 from .teachers import load_teacher
 from .types import BadInput
 from .vocab import VocabMap
@@ -103,7 +105,8 @@ def make_optimizers(
     weights = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     inner = [p for n, p in weights if name == 'muon' and p.ndim == 2 and 'embed' not in n and 'lm_head' not in n]
     rest = [p for _, p in weights if not any(p is q for q in inner)]
-    adamw = torch.optim.AdamW(rest, lr=lr, betas=(.9, .98), weight_decay=weight_decay)
+    kinds = [g for g in ([p for p in rest if isinstance(p, DTensor) == divided] for divided in (False, True)) if g]  # a group holds weights of one kind
+    adamw = torch.optim.AdamW([dict(params=g) for g in kinds], lr=lr, betas=(.9, .98), weight_decay=weight_decay)
     return [torch.optim.Muon(inner, lr=10 * lr, weight_decay=weight_decay), adamw] if inner else [adamw]
 
 # %% ../nbs/09_run.ipynb #c016
@@ -132,6 +135,7 @@ def prepare(
     if teacher and teacher.capabilities.kind == 'judged' and config.num_generations < 2: raise BadInput('num_generations', config.num_generations, 'must be 2 or more with a teacher that only gives marks: they compare the answers to one prompt', 'Set NUM_GENERATIONS=4.')
     torch.manual_seed(config.seed)
     student = load_student(config)
+    if asked_to_shard(state): shard(student.model, config, state)
     vocab = VocabMap.build(student.codec, teacher.codec) if teacher and teacher.codec else None  # an endpoint that only writes may not tell its tokens
     loss = teacher and loss_for(config.loss, vocab, teacher, beta=config.beta)
     run = Run(config, student, teacher, vocab, loss, train, val[:config.val_max_samples], state, compute=compute_dtype(config, student), write=writer_for(config), micro_batch=config.micro_batch,

@@ -6,7 +6,8 @@ import pytest
 
 from conftest import slow
 from opd_nb.config import OPDConfig
-from opd_nb.trackers import TRACKERS, Trackers, wanted
+from opd_nb.settings import TRACKERS
+from opd_nb.trackers import Trackers, wanted
 from opd_nb.types import BadInput
 
 KEY = 'sk-this-must-not-be-told'
