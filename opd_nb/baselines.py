@@ -11,10 +11,9 @@ import torch
 
 from . import countdown
 from .alignment import align
-from .distil import batches
+from .distil import batches, read_as
 from .engine import LossOutput, Side, over_pieces
 from .methods import register_method
-from .models import read
 from .scalar_losses import positions, realised
 from .types import BadInput, unknown
 
@@ -121,7 +120,7 @@ def grpo(
     earned = dict(zip(map(id, rollouts), group_advantages(rewards, [r.conversation.key for r in rollouts])))
     for rows in batches(rollouts, run.micro_batch):
         advantage = torch.stack([earned[id(r)] for r in rows])
-        out = grpo_loss(read(run.student.model, [r.prompt_ids for r in rows], [r.ids for r in rows]), [r.ends for r in rows], advantage, kind, longest=c.max_new_tokens)
+        out = grpo_loss(read_as(run.student, rows, run.compute), [r.ends for r in rows], advantage, kind, longest=c.max_new_tokens)
         if backward: out.total.backward()
         total, weight, trained = total + out.total.item(), weight + out.weight, trained + len(out)
     silent = sum(a == 0 for a in earned.values()).item() / len(earned)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'command', 'usage', 'main', 'read_settings', 'settings_and', 'summary', 'run_notebook', 'demo', 'literal',
-           'doctor', 'step', 'read_flags', 'synth', 'validate', 'train', 'eval_', 'chat', 'typed', 'export', 'cache',
-           'notebook_folder', 'notebooks']
+           'doctor', 'step', 'read_flags', 'synth', 'validate', 'train', 'report', 'eval_', 'chat', 'typed', 'export',
+           'cache', 'notebook_folder', 'notebooks']
 
 # %% ../nbs/14_cli.ipynb #c003
 import logging
@@ -132,6 +132,7 @@ def doctor(
 ) -> int:          # 1 if something would stop the run
     "Look at a run before it begins: what is there, what fits, what it will take: opd doctor --preset laptop"
     config = read_settings(argv, 'opd doctor')
+    logging.getLogger('opd_nb').setLevel(logging.WARNING)  # each line begins with its word
     from opd_nb.doctor import examine
     stops = 0
     for line in examine(config): print(line, flush=True); stops += line.level == 'stop'
@@ -213,6 +214,17 @@ def train(
 
 # %% ../nbs/14_cli.ipynb #c029
 @command
+def report(
+    argv: list,    # folder of the run
+):
+    "Write the page of a run, finished or not: opd report runs/laptop"
+    from opd_nb.run_report import run_report
+    flags = Flags('opd report', summary('report'))
+    flags.add_argument('run', help='folder of the run; the page is report.html in it')
+    print(run_report(flags.parse_args(argv).run))
+
+# %% ../nbs/14_cli.ipynb #c032
+@command
 def eval_(
     argv: list,    # models, tasks, settings
 ) -> int:          # 1 if something failed
@@ -234,11 +246,7 @@ def eval_(
     if strange: raise unknown('flag', strange[0], own | settings)
     given = {k: v for k, v in dict(eval_tasks=known.tasks, eval_max_samples=known.limit, eval_output_dir=known.out).items() if v is not None}
     config = read_settings([*rest, *(w for k, v in given.items() for w in ('--' + k.replace('_', '-'), v))], 'opd eval')
-    from opd_nb.eval_tasks import load_judge
-    from opd_nb.evaluation import evaluate
-    from opd_nb.harness import Options
-    from opd_nb.lineup import lineup, lineup_of
-    from opd_nb.report import write_reports
+    from opd_nb.eval_tasks import load_judge; from opd_nb.evaluation import evaluate; from opd_nb.harness import Options; from opd_nb.lineup import lineup, lineup_of; from opd_nb.report import write_reports
     entries = lineup(known.models) if known.models else lineup_of(config)
     options = Options(config.eval_max_samples, known.fewshot, known.chat, literal(known.batch_size), known.answer_tokens, Path(known.data))
     judge = dict(judged=load_judge(known.judge, config), who=known.judge) if known.judge else None
@@ -248,7 +256,7 @@ def eval_(
     print(f'{found}\n\nreport   {out / "report.html"}\nfigures  {out / "results.csv"}')
     return found.status
 
-# %% ../nbs/14_cli.ipynb #c031
+# %% ../nbs/14_cli.ipynb #c034
 @command
 def chat(
     argv: list,    # STUDENT ..., flags
@@ -278,7 +286,7 @@ def typed():   # yields lines
         try: yield input('> ')
         except EOFError: return
 
-# %% ../nbs/14_cli.ipynb #c033
+# %% ../nbs/14_cli.ipynb #c036
 @command
 def export(
     argv: list,    # STUDENT, flags
@@ -309,7 +317,7 @@ def export(
     if given.push: print(f'pushed   {push(done, given.push, OPDConfig().hf_token, not given.public)}')
     return 0
 
-# %% ../nbs/14_cli.ipynb #c036
+# %% ../nbs/14_cli.ipynb #c039
 @command
 def cache(
     argv: list,    # --clear [MODEL], settings
@@ -330,7 +338,7 @@ def cache(
         print(f"{r['model'] or 'list of models'}  {r['answers']} answers, {(r['tokens_in'] or 0) + (r['tokens_out'] or 0):,} tokens, {dollars}, {r['bytes'] / 1e6:.2f} MB")
     return 0
 
-# %% ../nbs/14_cli.ipynb #c038
+# %% ../nbs/14_cli.ipynb #c041
 def notebook_folder() -> Path:
     "Where the run notebooks are."
     import opd_nb
@@ -338,7 +346,7 @@ def notebook_folder() -> Path:
     inside, checkout = package / 'notebooks', package.parent / 'nbs' / 'runs'
     return inside if inside.is_dir() else checkout
 
-# %% ../nbs/14_cli.ipynb #c039
+# %% ../nbs/14_cli.ipynb #c042
 @command
 def notebooks(
     argv: list,    # [folder]

@@ -12,6 +12,7 @@ import os
 from dataclasses import dataclass, field, replace
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from .checkpoints import put
 from .config import OPDConfig
@@ -20,7 +21,9 @@ from .distil import loss_for
 from .methods import need_references
 from .models import LM
 from .processes import processes
-from .rollouts import longest_prompt, prompt_ids
+from .rollouts import longest_prompt, rollout
+from .server_rollouts import writer_for
+from .sharding import asked_to_shard, shard
 from .teachers import load_teacher
 from .types import BadInput
 from .vocab import VocabMap
@@ -42,6 +45,7 @@ class Run:
     optimizers: list = field(default_factory=list)
     schedulers: list = field(default_factory=list)  # one for each
     compute: torch.dtype | None = None  # number format of products, if the weights have another
+    write: object = rollout  # who writes: a function of the signature of `rollout`
     most: int | None = None  # longest prompt, in tokens
     micro_batch: int = 64    # rollouts that pass through the models at a time; halved when memory is short
     step: int = 0            # steps taken
@@ -101,7 +105,8 @@ def make_optimizers(
     weights = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     inner = [p for n, p in weights if name == 'muon' and p.ndim == 2 and 'embed' not in n and 'lm_head' not in n]
     rest = [p for _, p in weights if not any(p is q for q in inner)]
-    adamw = torch.optim.AdamW(rest, lr=lr, betas=(.9, .98), weight_decay=weight_decay)
+    kinds = [g for g in ([p for p in rest if isinstance(p, DTensor) == divided] for divided in (False, True)) if g]  # a group holds weights of one kind
+    adamw = torch.optim.AdamW([dict(params=g) for g in kinds], lr=lr, betas=(.9, .98), weight_decay=weight_decay)
     return [torch.optim.Muon(inner, lr=10 * lr, weight_decay=weight_decay), adamw] if inner else [adamw]
 
 # %% ../nbs/09_run.ipynb #c016
@@ -127,11 +132,13 @@ def prepare(
     if config.turns == 'all': train, val = ([turn for c in part for turn in each_turn(c)] for part in (train, val))
     if teacher is None and config.method not in ('sft', 'grpo'):
         with state.main_process_first(): teacher = load_teacher(config.teacher, config)  # what one process finds out about an endpoint is kept for the others
+    if teacher and teacher.capabilities.kind == 'judged' and config.num_generations < 2: raise BadInput('num_generations', config.num_generations, 'must be 2 or more with a teacher that only gives marks: they compare the answers to one prompt', 'Set NUM_GENERATIONS=4.')
     torch.manual_seed(config.seed)
     student = load_student(config)
+    if asked_to_shard(state): shard(student.model, config, state)
     vocab = VocabMap.build(student.codec, teacher.codec) if teacher and teacher.codec else None  # an endpoint that only writes may not tell its tokens
     loss = teacher and loss_for(config.loss, vocab, teacher, beta=config.beta)
-    run = Run(config, student, teacher, vocab, loss, train, val[:config.val_max_samples], state, compute=compute_dtype(config, student), micro_batch=config.micro_batch,
+    run = Run(config, student, teacher, vocab, loss, train, val[:config.val_max_samples], state, compute=compute_dtype(config, student), write=writer_for(config), micro_batch=config.micro_batch,
               most=longest_prompt(student, config.max_new_tokens, config.max_prompt_tokens))
     run.optimizers = make_optimizers(student.model, config.optimizer, config.learning_rate, config.weight_decay)
     run.schedulers = [make_schedule(o, config) for o in run.optimizers]

@@ -133,7 +133,7 @@ def spans(
     "Slices that cover n rows, so that logits exist for a few of them at a time."
     return [slice(i, min(n, i + size)) for i in range(0, n, size)]
 
-# %% ../nbs/05_teachers.ipynb #c019
+# %% ../nbs/05_teachers.ipynb #c018
 def written(
     codec,       # whose tokens they are
     rows: list,  # token ids of each completion
@@ -167,7 +167,7 @@ def hf_teacher(
     config: OPDConfig,   # dtype, device, token and what `loading` takes
 ) -> HFTeacher:
     "A Hugging Face model as teacher."
-    return HFTeacher(LM.load(f'hf:{path}', 'teacher', config.teacher_dtype, config.device, secret(config.hf_token), config.teacher_template, **loading(config)), config.micro_batch)
+    return HFTeacher(LM.load(f'hf:{path}', 'teacher', config.teacher_dtype, config.teacher_device or config.device, secret(config.hf_token), config.teacher_template, **loading(config)), config.micro_batch)
 
 # %% ../nbs/05_teachers.ipynb #c023
 @register_teacher('tiny')
@@ -176,7 +176,7 @@ def tiny_teacher(
     config: OPDConfig,   # dtype, device
 ) -> HFTeacher:
     "An embedded model as teacher."
-    return HFTeacher(LM.load(f'tiny:{name}', 'teacher', config.teacher_dtype, config.device), config.micro_batch)
+    return HFTeacher(LM.load(f'tiny:{name}', 'teacher', config.teacher_dtype, config.teacher_device or config.device), config.micro_batch)
 
 # %% ../nbs/05_teachers.ipynb #c032
 def measure(

@@ -27,6 +27,7 @@ from .health import text_figures
 from .methods import METHODS, get_method, register_method, step_prompts, step_terms, sums, weighted, write_or_take
 from .processes import added, all_or_none, joined, processes, set_gradients
 from .run import Run, add_lora, make_optimizers, prepare
+from .sharding import clip_gradients, is_sharded
 from .spending import TeacherGone
 from .types import BadInput
 
@@ -68,13 +69,14 @@ def train_step(
     start, model, c = time.perf_counter(), run.student.model.train(), run.config
     terms, writing_took = all_or_none(run.state, lambda: with_less(run, lambda: gradients(run), c.batch * c.num_generations))
     loss, trained, figures = summary(run, terms)
-    norm = torch.nn.utils.clip_grad_norm_(run.weights, c.grad_clip).item()
+    norm = clip_gradients(run.state, run.weights, c.grad_clip)
     sane = bool(trained and math.isfinite(norm))
     for o in run.optimizers if sane else (): o.step()
     for s in run.schedulers: s.step()
     run.step, run.failed, run.latest = run.step + 1, 0 if sane else run.failed + 1, terms[0].rollouts
+    written_by = run.write.figures if run.latest and run.latest[0].logprobs else {}  # of a server
     return dict(event='step', step=run.step, loss=loss, trained=trained, skipped=int(not sane), grad_norm=norm, lr=run.schedulers[-1].get_last_lr()[0],
-                **figures, seconds_writing=writing_took, seconds=time.perf_counter() - start)
+                **figures, **written_by, seconds_writing=writing_took, seconds=time.perf_counter() - start)
 
 # %% ../nbs/09_training.ipynb #c009
 def summary(
@@ -103,6 +105,7 @@ def with_less(
         except (RuntimeError, MemoryError) as e:
             if not (isinstance(e, MemoryError) or should_reduce_batch_size(e) or 'MPS backend out of memory' in str(e)): raise
             said = str(e).strip().splitlines()[0][:160]
+            if is_sharded(run.student.model): raise BadInput('micro_batch', run.micro_batch, f'is too much for the memory ({said})', LEVERS) from None  # all processes take equally many passes
         run.student.model.zero_grad(); gc.collect()  # out of the handler: its traceback held the tensors
         if torch.cuda.is_available(): torch.cuda.empty_cache()
         run.micro_batch = min(run.micro_batch, rows) // 2
