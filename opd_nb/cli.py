@@ -191,32 +191,8 @@ def eval_(
     argv: list,    # models, tasks, settings
 ) -> int:          # 1 if something failed
     "Compare students on tasks: opd eval --models base=tiny:student best=runs/opd/best --tasks countdown --limit 50"
-    parser = Flags('opd eval', summary('eval'), epilog='Settings of a run are understood too, such as --device and --dtype; opd train --help lists them.')
-    parser.add_argument('--models', nargs='+', metavar='NAME=SPEC', help='models by name, or the folder of a run for all its students; what BASE_MODEL_ID, SFT_MODEL_PATH and KD_MODEL_PATH name, if not given')
-    parser.add_argument('--tasks', metavar='NAMES', help='by comma: countdown, arc_easy_local, NAME=FILE, names of lm-eval, files of your own questions and answers [default EVAL_TASKS]')
-    parser.add_argument('--limit', metavar='N', help='most questions of a task [default EVAL_MAX_SAMPLES]')
-    parser.add_argument('--data', default='benchmarks', metavar='DIR', help='folder with the files of local tasks [default benchmarks]')
-    parser.add_argument('--fewshot', type=int, metavar='N', help="examples before each question [default: the task's own number]")
-    parser.add_argument('--chat', default='auto', metavar='WHEN', help='chat template: on, off, or auto, which leaves it out where given choices are compared [default auto]')
-    parser.add_argument('--batch-size', default='auto', metavar='N', help='requests at a time [default auto]')
-    parser.add_argument('--answer-tokens', type=int, metavar='N', help="longest answer, in tokens [default: the task's own]")
-    parser.add_argument('--judge', metavar='SPEC', help='a teacher that marks answers to your own questions, such as openrouter:MODEL')
-    parser.add_argument('--out', metavar='DIR', help='folder of the reports [default EVAL_OUTPUT_DIR]')
-    known, rest = parser.parse_known_args(argv)
-    own, settings = {o for a in parser._actions for o in a.option_strings}, {'--' + f.replace('_', '-') for f in OPDConfig.model_fields}
-    strange = [w.partition('=')[0] for w in rest if w.startswith('--') and w.partition('=')[0] not in settings | {'--config', '--preset'} | {s.replace('--', '--no-', 1) for s in settings}]
-    if strange: raise unknown('flag', strange[0], own | settings)
-    given = {k: v for k, v in dict(eval_tasks=known.tasks, eval_max_samples=known.limit, eval_output_dir=known.out).items() if v is not None}
-    config = read_settings([*rest, *(w for k, v in given.items() for w in ('--' + k.replace('_', '-'), v))], 'opd eval')
-    from opd_nb.eval_tasks import load_judge; from opd_nb.evaluation import evaluate; from opd_nb.harness import Options; from opd_nb.lineup import lineup, lineup_of; from opd_nb.report import write_reports
-    entries = lineup(known.models) if known.models else lineup_of(config)
-    options = Options(config.eval_max_samples, known.fewshot, known.chat, literal(known.batch_size), known.answer_tokens, Path(known.data))
-    judge = dict(judged=load_judge(known.judge, config), who=known.judge) if known.judge else None
-    token = config.hf_token.get_secret_value() if config.hf_token else None
-    found = evaluate(entries, [t.strip() for t in config.eval_tasks.split(',') if t.strip()], options, config.eval_output_dir, judge=judge, dtype=config.dtype, device=config.device, token=token)
-    out = write_reports(found, config.eval_output_dir)
-    print(f'{found}\n\nreport   {out / "report.html"}\nfigures  {out / "results.csv"}')
-    return found.status
+    from opd_nb.eval_command import run
+    return run(argv)
 
 # %% ../nbs/14_cli.ipynb #c028
 @command
