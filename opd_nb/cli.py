@@ -178,11 +178,12 @@ def train(
 ) -> int:
     "Distil a teacher into a student: opd train --preset laptop"
     config = read_settings(argv, 'opd train')
+    from opd_nb.run_report import run_report
     from opd_nb.training import train as run
     done = run(config)
     last = next((e for e in reversed(done.events) if e['event'] == 'validation'), done.events[-1])
     print(f"{done.steps} steps in {done.seconds:.0f} s; loss {last['loss']:.4f}" + (f", top-1 agreement {last['top1_agreement']:.1%}" if 'top1_agreement' in last else ''))
-    print(f'student  {done.student}\nbest     {done.best}\nlog      {done.folder / "log.jsonl"}')
+    print(f'student  {done.student}\nbest     {done.best}\nlog      {done.folder / "log.jsonl"}\nreport   {run_report(done.folder)}')
     return 0
 
 # %% ../nbs/14_cli.ipynb #c026
