@@ -157,7 +157,7 @@ def learn(
     "Loss and gradient of completions."
     pair.student.model.zero_grad()
     out, figures = compared(pair, teacher, rows)
-    if not len(out): return 0., 0, 0., out, figures
+    if not out: return 0., 0, 0., out, figures  # nothing that the teacher can read, or nothing to train on
     (out.total / out.weight).backward()
     grads = [p.grad for p in pair.student.model.parameters() if p.grad is not None]
     return out.total.item() / out.weight, len(out), torch.nn.utils.get_total_norm(grads).item(), out, figures
