@@ -86,6 +86,7 @@ def note(
     with writing(run.config.output_dir / 'log.jsonl'), open(run.config.output_dir / 'log.jsonl', 'a') as f: f.write(json.dumps(event) + '\n')
     for w in told: log.warning('%s', w)
     if run.trackers: run.trackers.log(event)
+    if run.show: run.show(event)
 
 # %% ../nbs/09_checkpoints.ipynb #c013
 def read_log(

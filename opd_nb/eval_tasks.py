@@ -196,7 +196,7 @@ def hub_tasks(
 ) -> list:              # of `Task`
     "Tasks of lm-eval, with questions from wherever its files say."
     known = harness_names()
-    if name not in known.all_tasks and not name.endswith('.yaml'): raise unknown('task', name, [*SHIPPED, *TASKS, *ELSEWHERE, *known.all_tasks])
+    if name not in known.all_tasks and not name.endswith('.yaml'): raise unknown('task', name, {*SHIPPED, *TASKS, *ELSEWHERE, *known.all_tasks})
     local = f'{name}_local' if f'{name}_local' in SHIPPED else next((n for n in SHIPPED if n.startswith(name)), None)
     remedy = f'Offline, use its local form: {local}=FILE.' if local else 'Offline, use local tasks (countdown, arc_easy_local=FILE) or your own data.'
     try:
@@ -218,6 +218,6 @@ def tasks_for(
     if file and not Path(file).is_file(): raise BadInput('tasks', spec, 'must name a file that exists', f'Nothing is at {file}.')
     if make := maker(name): return [make(file, options)]
     if name in SHIPPED: return [local_task(name, file, options)]
-    if file or name.endswith('_local'): raise unknown('local task', name, [*SHIPPED, *TASKS, *ELSEWHERE])
+    if file or name.endswith('_local'): raise unknown('local task', name, {*SHIPPED, *TASKS, *ELSEWHERE})
     if Path(spec).suffix in READERS: return [own_data(spec, options, judged, who)]
     return hub_tasks(spec, options)

@@ -58,6 +58,7 @@ class Run:
     events: list = field(default_factory=list)  # what `log.jsonl` holds
     watch: object = field(default_factory=Watch) # looks at the events
     trackers: object = None  # are told the events, see `Trackers`
+    show: object = None      # is called with each event, as a `LivePlot` is
 
     @property
     def weights(self) -> list:

@@ -209,6 +209,7 @@ class ServerWriter:
     ):
         "See that the server has weights that are new enough."
         if self.version is None or step < self.version or step >= self.version + self.sync_every:
+            if any(hasattr(p, 'full_tensor') for p in lm.model.parameters()): raise BadInput('rollouts', self.server.who, 'cannot follow a student that is divided among processes (FSDP)', 'Use --rollouts here, or processes that each hold the student.')
             name = f'opd-{self.run}-{step}'
             self.model = from_first(lambda: hand_over(self.server, lm, name, self.folder, self.name))
             self.version, self.name = step, name

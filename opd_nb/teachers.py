@@ -141,13 +141,14 @@ def written(
     "What was written, as text."
     return [(data.decode(errors='replace'), stopped) for data, _, stopped in map(codec.read, rows)]
 
-# %% ../nbs/05_teachers.ipynb #c020
+# %% ../nbs/05_teachers.ipynb #c043
 def secret(
     value,       # a secret setting, or None
 ) -> str | None: # its text
     "A key, to be handed on and shown nowhere."
     return value.get_secret_value() if value else None
 
+# %% ../nbs/05_teachers.ipynb #c020
 def loading(
     config: OPDConfig,
 ) -> dict:      # arguments of `LM.load`

@@ -26,6 +26,7 @@ from .config import OPDConfig
 from .health import text_figures
 from .methods import METHODS, get_method, register_method, step_prompts, step_terms, sums, weighted, write_or_take
 from .processes import added, all_or_none, joined, processes, set_gradients
+from .run_report import note_samples
 from .run import Run, add_lora, make_optimizers, prepare
 from .sharding import clip_gradients, is_sharded
 from .spending import TeacherGone
@@ -132,7 +133,10 @@ def validate(
         rollouts = write_or_take(run, run.val, 2**31)
         loss, weight, trained, figures = get_method(run.config.method)(run, rollouts, backward=False)
         return [Term(1., run.config.method, rollouts, loss * weight, weight, trained, figures, [])]
-    loss, trained, figures = summary(run, all_or_none(run.state, lambda: with_less(run, attempt, len(run.val))))
+    terms = all_or_none(run.state, lambda: with_less(run, attempt, len(run.val)))
+    loss, trained, figures = summary(run, terms)
+    if run.state.is_main_process:
+        with writing(run.config.output_dir / 'samples.jsonl'): note_samples(run.config.output_dir, run.step, terms[0].rollouts)
     return dict(event='validation', step=run.step, loss=loss, trained=trained, **figures)
 
 # %% ../nbs/09_training.ipynb #c022
@@ -201,6 +205,7 @@ def train(
     config: OPDConfig,  # settings
     teacher=None,       # see `prepare`
     progress: bool = True, # show a bar
+    show=None,          # called with each event, such as a `LivePlot`
 ) -> Trained:
     "Distil a teacher into a student. Everything is in `config`; everything that comes of it is in `config.output_dir`."
     state = processes(config.device)
@@ -209,7 +214,7 @@ def train(
     if config.resume: go_on(run)
     if state.is_main_process:
         config.save(config.output_dir / 'config.yaml')
-        run.trackers = Trackers(config, config.output_dir, run.step)
+        run.trackers, run.show = Trackers(config, config.output_dir, run.step), show
     start = time.perf_counter()
     with tqdm(total=config.max_steps, initial=run.step, desc='distil', disable=not (progress and state.is_main_process), mininterval=1) as bar:
         while True:

@@ -34,15 +34,17 @@ class Rule:
     figures: tuple  # it needs; the first one is shown
     bad: object     # (figures now, figures at the start) -> bool
     remedy: str     # may name settings: '{learning_rate:g}'
+    own: bool = False  # it depends on how many answers there are, so that steps and validations cannot be compared
 
 # %% ../nbs/08_watch.ipynb #c010
 def rule(
     *figures: str,  # that it needs; the first one is shown
     remedy: str,    # what to do next; settings in braces are filled in
+    own: bool = False, # see `Rule`
 ):
     "Decorator that adds a rule under the name of its function; the docstring says what it means."
     def add(fn):
-        RULES[fn.__name__] = Rule(figures, fn, remedy)
+        RULES[fn.__name__] = Rule(figures, fn, remedy, own)
         return fn
     return add
 
@@ -80,7 +82,7 @@ class Watch:
         r = RULES[name]
         if any((kind, f) not in self.had for f in r.figures): return None
         mean = lambda kind, i: {f: sum(xs) / len(xs) for f in r.figures for xs in [self.had[kind, f][i]]}
-        start, now = mean('step' if all(('step', f) in self.had for f in r.figures) else kind, 0), mean(kind, 1)
+        start, now = mean('step' if not r.own and all(('step', f) in self.had for f in r.figures) else kind, 0), mean(kind, 1)
         f = r.figures[0]
         return HealthWarning(name, step, f, start[f], now[f], r.bad.__doc__, r.remedy.format_map(self.config.model_dump())) if r.bad(now, start) else None
 
@@ -136,7 +138,7 @@ def entropy_collapse(now, start):
     return now['entropy'] < .5 * min(start['entropy'], now['teacher_entropy'])
 
 # %% ../nbs/08_watch.ipynb #c032
-@rule('distinct', remedy='Use forward KL (--beta 0) where the teacher is uncertain, --temperature 1 or above (it is {temperature:g}), more prompts in a step (--batch {batch}).')
+@rule('distinct', remedy='Use forward KL (--beta 0) where the teacher is uncertain, --temperature 1 or above (it is {temperature:g}), more prompts in a step (--batch {batch}).', own=True)
 def diversity_loss(now, start):
     "Different prompts get ever more alike answers."
     return now['distinct'] < .6 * start['distinct']

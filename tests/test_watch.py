@@ -40,6 +40,13 @@ def test_each_rule_would_see_it_there(name):
     assert spoilt.count(name) == 1 and warned(events) == []
 
 
+def test_more_answers_in_a_validation_are_no_loss_of_diversity():
+    "A batch of 16 has 0.8 distinct pairs where 100 held-out prompts have 0.38; it is the same student."
+    events = [dict(event='step', step=i, distinct=.8) for i in range(1, 60)]
+    assert warned(events + [dict(event='validation', step=i, distinct=.38) for i in (20, 40)]) == []
+    assert [w.name for w in warned(events + [dict(event='validation', step=20, distinct=.38), dict(event='validation', step=40, distinct=.1)])] == ['diversity_loss']
+
+
 @slow
 def test_the_quickstart_warns_of_nothing(tmp_path):
     from opd_nb import countdown
