@@ -40,7 +40,7 @@ def each(
 
 # %% ../nbs/10_answers.ipynb #c012
 def normalised(
-    text: str,
+    text: str,     # of an answer
 ) -> str:
     "A text without capitals, punctuation, English articles and superfluous white space."
     text = unicodedata.normalize('NFKC', text).casefold()

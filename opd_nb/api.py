@@ -50,7 +50,7 @@ def find_codec(
         except (OSError, ValueError, KeyError) as e: why = str(e).strip().splitlines()[0][:160]
     if config.teacher_tokenizer: raise BadInput('teacher_tokenizer', config.teacher_tokenizer, f'could not be loaded ({why})', 'Name a folder with tokenizer.json, or a Hub id.')
 
-# %% ../nbs/05_api.ipynb #c011
+# %% ../nbs/05_api.ipynb #c034
 def any_stop(
     rows: Rows,    # of a completion
     ids: list,     # [T] its tokens
@@ -62,6 +62,7 @@ def any_stop(
         rows.logprobs[-1] = math.log(sum(map(math.exp, said.values()))) if len(said) > 1 else said[ids[-1]]
     return rows
 
+# %% ../nbs/05_api.ipynb #c011
 WAYS = dict(prompt_logprobs=lambda codec, v: PromptLogprobs(), sglang=lambda codec, v: SGLang(), llama_cpp=lambda codec, v: LlamaCpp(), echo=lambda codec, v: Echo(codec if v else None),
             prefix_walk=lambda codec, v: PrefixWalk(v), continuation=lambda codec, v: Continuation(v), sequence=lambda codec, v: Sequence())
 

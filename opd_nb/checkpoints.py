@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError
 
 from .models import LM
+from .sharding import gathered, is_sharded, put_back, put_weights
 from .types import BadInput
 
 log = logging.getLogger('opd_nb')
@@ -56,7 +57,7 @@ def writing(
     "Say it in one sentence if the disk is full or gone."
     try: yield
     except (OSError, RuntimeError, SafetensorError) as e:
-        full = shutil.disk_usage(path.parent).free < 2**20  # torch does not say it
+        full = path.parent.is_dir() and shutil.disk_usage(path.parent).free < 2**20  # torch does not say it
         raise BadInput('output_dir', str(path), f"could not be written ({'the disk is full' if full else str(e).strip().splitlines()[0][:160]})", 'Free some space, and go on with --resume: what was saved before is whole.') from None
 
 # %% ../nbs/09_checkpoints.ipynb #c009
@@ -79,9 +80,13 @@ def note(
 ):
     "Add an event to the log, in memory and, by the main process, on disk."
     event = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in event.items()}
+    if told := [str(w) for w in run.watch.see(event)]: event['warnings'] = told
     run.events.append(event)
     if not run.state.is_main_process: return
     with writing(run.config.output_dir / 'log.jsonl'), open(run.config.output_dir / 'log.jsonl', 'a') as f: f.write(json.dumps(event) + '\n')
+    for w in told: log.warning('%s', w)
+    if run.trackers: run.trackers.log(event)
+    if run.show: run.show(event)
 
 # %% ../nbs/09_checkpoints.ipynb #c013
 def read_log(
@@ -103,16 +108,16 @@ def save_student(
 ) -> Path:
     "Save student and tokenizer as a folder that `from_pretrained` loads; complete or not there at all."
     folder = run.config.output_dir / name
+    weights = gathered(run.student.model.state_dict()) if is_sharded(run.student.model) else None
+    states = {k: [gathered(x.state_dict()) for x in getattr(run, k)] for k in ('optimizers', 'schedulers')} if name.startswith('step-') else None
     if run.state.is_main_process:
         part = folder.with_name(name + '.part')
         shutil.rmtree(part, ignore_errors=True)
         try:
             with writing(folder):
-                run.student.model.save_pretrained(part)
+                run.student.model.save_pretrained(part, state_dict=weights)
                 run.student.codec.tok.save_pretrained(part)
-                if name.startswith('step-'):
-                    states = {k: [x.state_dict() for x in getattr(run, k)] for k in ('optimizers', 'schedulers')}
-                    torch.save(states | {k: getattr(run, k) for k in COUNTERS}, part / 'run.pt')
+                if states: torch.save(states | {k: getattr(run, k) for k in COUNTERS}, part / 'run.pt')
                 put(part, folder)
         finally: shutil.rmtree(part, ignore_errors=True)
         for old in checkpoints(run.config.output_dir)[run.config.keep_last:]: shutil.rmtree(old)
@@ -142,6 +147,7 @@ def go_on(
     folder = run.config.output_dir
     if newest := newest_checkpoint(folder): load_checkpoint(run, newest)
     run.events = [e for e in read_log(folder) if e['step'] <= run.step]
+    for e in run.events: run.watch.see(e)  # so that it knows how the run began, and what it has said
     run.state.wait_for_everyone()
     if run.state.is_main_process:
         with writing(folder / 'log.jsonl'):
@@ -159,10 +165,10 @@ def load_checkpoint(
     if c.lora:
         from peft import load_peft_weights, set_peft_model_state_dict
         set_peft_model_state_dict(run.student.model, load_peft_weights(str(folder), device='cpu'))
-    else: run.student.model.load_state_dict(LM.load(str(folder), device='cpu', trust_remote_code=c.trust_remote_code or None).model.state_dict())
+    else: put_weights(run.student.model, LM.load(str(folder), device='cpu', trust_remote_code=c.trust_remote_code or None).model.state_dict())
     state = torch.load(folder / 'run.pt', weights_only=True, map_location='cpu')
-    for kind in ('optimizers', 'schedulers'):
-        for mine, saved in zip(getattr(run, kind), state[kind]): mine.load_state_dict(saved)
+    for mine, saved in zip(run.optimizers, state['optimizers']): put_back(mine, saved)
+    for mine, saved in zip(run.schedulers, state['schedulers']): mine.load_state_dict(saved)
     for k in COUNTERS: setattr(run, k, state[k])
 
 # %% ../nbs/09_checkpoints.ipynb #c025

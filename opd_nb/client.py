@@ -78,6 +78,7 @@ class Wire:
     ):
         parts = urlsplit(url)
         if parts.scheme not in ('http', 'https') or not parts.hostname: raise BadInput('teacher', url, 'must have an address', 'Write api:http://127.0.0.1:8000/v1#model.')
+        if '@' in parts.netloc: raise BadInput('teacher', f'{parts.scheme}://…@{parts.hostname}', 'must have an address without name, password or key', 'Put the key into TEACHER_API_KEY; addresses are written into logs and files, keys are not.')
         self.url = url.rstrip('/') if parts.path.strip('/') else url.rstrip('/') + '/v1'
         self.root, self.model, self.key, self.retries = self.url.removesuffix('/v1'), model, key, retries
         short = model.rsplit('/', 1)[-1] if model.startswith('/') else model or 'the server'  # some servers call a model by its path

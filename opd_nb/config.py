@@ -71,8 +71,7 @@ def read_keys(
         for k in keys:
             if k.upper() not in {*known, *SPEC_KEYS, *OTHERS_KEYS}: raise unknown(f'key in {place}', k, {**known, **SPEC_KEYS})
     upper = {k.upper(): v for k, v in keys.items() if v}
-    found = {field: upper[k] for k, field in known.items() if k in upper}
-    return found | ({'teacher': spec} if (spec := teacher_spec(keys)) else {})
+    return {field: upper[k] for k, field in known.items() if k in upper}
 
 # %% ../nbs/00_config.ipynb #c015
 def read_env(
@@ -207,8 +206,10 @@ class OPDConfig(Settings):
             given = flags.known if flags is _cli else flags.parse_args(_cli)
             typed = {k: v for k, v in vars(given).items() if k in fields}
             _preset, _config, source = given.preset or _preset, given.config or _config, flags.source(parsed_args=given)
-        places = {f'the preset {_preset}': read_preset(_preset), f'{_env_file}': read_keys(read_env(_env_file), fields, True, str(_env_file)),
-                  'the environment': read_keys(os.environ, fields, False, 'environment'), f'{_config}': read_file(_config)}
+        dotenv = read_env(_env_file)
+        spec = teacher_spec({**dotenv, **os.environ})  # its parts may be in both places
+        places = {f'the preset {_preset}': read_preset(_preset), f'{_env_file}': read_keys(dotenv, fields, True, str(_env_file)),
+                  'the environment': read_keys(os.environ, fields, False, 'environment') | ({'teacher': spec} if spec else {}), f'{_config}': read_file(_config)}
         values = {k: v for found in places.values() for k, v in found.items()} | settings
         where = {k: place for place, found in places.items() for k in found if k not in settings and k not in typed}
         try: super().__init__(_cli_settings_source=source, **values)

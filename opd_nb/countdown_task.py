@@ -17,7 +17,7 @@ from .types import BadInput
 @register_task('countdown')
 def countdown_task(
     file: str,         # puzzles of your own, or '' for held-out ones
-    options: Options,
+    options: Options,  # how to ask
 ) -> Task:
     "Countdown, marked by its verifier."
     puzzles = load_conversations(file) if file else countdown.draw(1000, split='held_out')

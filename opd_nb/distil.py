@@ -19,6 +19,7 @@ from .alignment import Alignment, align
 from .engine import DEFAULT_LOSS, LOSSES, Side, get_loss, inside, score_weights, teacher_side
 from .health import health
 from .models import LM, read
+from .teachers import SERVES
 from .tokens import ChatCodec
 from .types import BadInput, Judged, Rollout, Written
 from .vocab import VocabMap
@@ -35,8 +36,8 @@ def loss_for(
     if name == 'auto':
         same = vocab is not None and vocab.identical and 'gkd' in can
         name = 'gkd' if same else dict(dense=DEFAULT_LOSS, sparse='bpm', listed='bpm', realised='pg', judged='pg', generated='continuation').get(kind, DEFAULT_LOSS)
-    if name in LOSSES and kind in ('judged', 'generated', 'nothing') and name not in can:
-        raise BadInput('loss', name, f'cannot be had of a teacher that is {kind}', f"Choose one it can serve: {', '.join(can) or 'none'}; or another teacher.")
+    if name in set().union(*SERVES.values()) and name not in can:  # before anything is asked, and paid for
+        raise BadInput('loss', name, f'asks more than this teacher can say ({kind})', f"Choose one it can serve: {', '.join(can) or 'none'}; or another teacher.")
     return get_loss(name, vocab, **options)
 
 # %% ../nbs/08_distil.ipynb #c009
@@ -133,12 +134,11 @@ def read_as(
     compute: torch.dtype | None = None, # number format of products; that of the weights, if not set
 ) -> Side:
     "The student's positions in these completions."
-    texts = [r.prompt_ids for r in rows], [r.ids for r in rows]
-    if compute is None: return read(student.model, *texts)
-    with torch.autocast(student.device.type, compute): side = read(student.model, *texts)
-    return replace(side, hidden=side.hidden.to(compute), head=replace(side.head, weight=side.head.weight.to(compute)))
+    with torch.autocast(student.device.type, compute, enabled=compute is not None): side = read(student.model, [r.prompt_ids for r in rows], [r.ids for r in rows])
+    if all(r.logprobs for r in rows): side = replace(side, logprobs=torch.tensor([x for r in rows for x in r.logprobs], device=side.ids.device))
+    return side if compute is None else replace(side, hidden=side.hidden.to(compute), head=replace(side.head, weight=side.head.weight.to(compute)))
 
-# %% ../nbs/08_distil.ipynb #c029
+# %% ../nbs/08_distil.ipynb #c031
 def distil_rows(
     student: LM,
     teacher,               # one teacher, see `parts`

@@ -45,7 +45,7 @@ def as_choices(
 
 # %% ../nbs/10_tasks.ipynb #c008
 def without_marks(
-    text: str,
+    text: str,     # a question or an ending
 ) -> str:
     "A text of HellaSwag without what WikiHow left in it, as lm-eval does it."
     return re.sub(r'\[.*?\]', '', text.strip().replace(' [title]', '. ')).replace('  ', ' ')
@@ -69,7 +69,7 @@ def find_file(
     name: str,          # of a local task
     wanted: str,        # the file that it names
     given: str,         # the file that the user named, or ''
-    options: Options,
+    options: Options,   # how to ask
 ) -> Path:
     "The file with a local task's questions."
     near = Path(wanted).stem
@@ -97,7 +97,7 @@ def question_rows(
 def local_task(
     name: str,          # of a shipped task file
     given: str,         # file with its questions, or '' to look for it
-    options: Options,
+    options: Options,   # how to ask
 ) -> Task:
     "A task of lm-eval's kind with questions from this machine."
     config = yaml.safe_load(SHIPPED[name].read_text(encoding='utf-8'))
@@ -115,11 +115,11 @@ def local_task(
 
 # %% ../nbs/10_tasks.ipynb #c021
 def answer_task(
-    name: str,
+    name: str,           # in tables
     conversations: list, # of `Conversation`, to be asked
     marks: dict,         # figure -> (conversations, texts) -> a mark for each, see `opd_nb.answers`
     main: str,           # the figure that decides
-    options: Options,
+    options: Options,   # how to ask
     spec: dict,          # what identifies the marks
     max_new_tokens: int = 128,  # longest answer, unless the options say otherwise
     target=lambda c: c.reference or '',  # what a reader is shown as wanted
@@ -139,7 +139,7 @@ def answer_task(
 # %% ../nbs/10_tasks.ipynb #c022
 def own_data(
     path: str,               # a file in any format of `load_conversations`
-    options: Options,
+    options: Options,   # how to ask
     judged=None,             # marks of a teacher, see `opd_nb.answers.judge`
     who: str = '',           # the judge's spec
 ) -> Task:
@@ -175,7 +175,7 @@ def register_task(
     return add
 
 def maker(
-    name: str,
+    name: str,    # as on the command line
 ):                # the function that was registered, or None
     "Who makes the task of this name."
     if name not in TASKS and name in ELSEWHERE: importlib.import_module(f'opd_nb.{ELSEWHERE[name]}')
@@ -192,11 +192,11 @@ class Unavailable(BadInput):
 
 def hub_tasks(
     name: str,          # of lm-eval: a task, a group, a tag, or a YAML file
-    options: Options,
+    options: Options,   # how to ask
 ) -> list:              # of `Task`
     "Tasks of lm-eval, with questions from wherever its files say."
     known = harness_names()
-    if name not in known.all_tasks and not name.endswith('.yaml'): raise unknown('task', name, [*SHIPPED, *TASKS, *ELSEWHERE, *known.all_tasks])
+    if name not in known.all_tasks and not name.endswith('.yaml'): raise unknown('task', name, {*SHIPPED, *TASKS, *ELSEWHERE, *known.all_tasks})
     local = f'{name}_local' if f'{name}_local' in SHIPPED else next((n for n in SHIPPED if n.startswith(name)), None)
     remedy = f'Offline, use its local form: {local}=FILE.' if local else 'Offline, use local tasks (countdown, arc_easy_local=FILE) or your own data.'
     try:
@@ -209,7 +209,7 @@ def hub_tasks(
 # %% ../nbs/10_tasks.ipynb #c032
 def tasks_for(
     spec: str,        # NAME, NAME=FILE or FILE
-    options: Options,
+    options: Options, # how to ask
     judged=None,      # see `own_data`
     who: str = '',    # the judge's spec
 ) -> list:            # of `Task`; lm-eval's groups have several
@@ -218,6 +218,6 @@ def tasks_for(
     if file and not Path(file).is_file(): raise BadInput('tasks', spec, 'must name a file that exists', f'Nothing is at {file}.')
     if make := maker(name): return [make(file, options)]
     if name in SHIPPED: return [local_task(name, file, options)]
-    if file or name.endswith('_local'): raise unknown('local task', name, [*SHIPPED, *TASKS, *ELSEWHERE])
+    if file or name.endswith('_local'): raise unknown('local task', name, {*SHIPPED, *TASKS, *ELSEWHERE})
     if Path(spec).suffix in READERS: return [own_data(spec, options, judged, who)]
     return hub_tasks(spec, options)

@@ -31,13 +31,17 @@ class Options:
     max_new_tokens: int | None = None  # longest answer, in tokens; the task's own if None
     data: Path = Path('benchmarks')    # folder with the files of local tasks
 
+    def __post_init__(self):
+        if self.chat not in ('on', 'off', 'auto'): raise BadInput('chat', self.chat, 'must be on, off or auto', 'Leave it out for auto.')
+        if self.batch != 'auto' and (type(self.batch) is not int or self.batch < 1): raise BadInput('batch', self.batch, 'must be a whole number, at least 1, or auto', 'Leave it out for auto.')
+        if (self.fewshot or 0) < 0: raise BadInput('fewshot', self.fewshot, 'must not be negative', 'Use 0 for no examples.')
+
     def templated(self,
         lm: LM,        # who is asked
         writes: bool,  # it writes an answer; otherwise given choices are compared
     ) -> bool:
         "Whether this model is asked in its chat template."
         has = bool(lm.codec.tok.chat_template)
-        if self.chat not in ('on', 'off', 'auto'): raise BadInput('chat', self.chat, 'must be on, off or auto', 'Leave it out for auto.')
         if self.chat == 'on' and not has: raise BadInput('chat', 'on', f'cannot be used: {Path(lm.path).name} has no chat template', 'Use --chat auto or off.')
         return has and (self.chat == 'on' or self.chat == 'auto' and writes)
 
@@ -118,9 +122,9 @@ def wrapped(
 ):                  # an lm-eval model
     "A loaded model as lm-eval wants it."
     class Loaded(need_lm_eval().models.huggingface.HFLM):
-        def loglikelihood(self, requests, disable_tqdm=False): return self.counted(super().loglikelihood, requests)
-        def generate_until(self, requests, disable_tqdm=False): return self.counted(super().generate_until, requests)
-        def counted(self, run, requests):
+        def loglikelihood(self, requests, disable_tqdm=False): return self._counted(super().loglikelihood, requests)
+        def generate_until(self, requests, disable_tqdm=False): return self._counted(super().generate_until, requests)
+        def _counted(self, run, requests):
             self.cache_hook = self  # told of each request that is done
             self.share = 1 / max(1, len(requests))
             return run(requests, disable_tqdm=True)
@@ -148,7 +152,7 @@ def ask_lm_eval(
     lm: LM,             # who is asked
     task,               # an lm-eval task
     rows: list,         # indices of its questions, ascending
-    options: Options,
+    options: Options,   # how to ask
     tick,               # see `Task`
 ) -> list:              # a record for each
     "Put questions of an lm-eval task to a model."
@@ -169,7 +173,7 @@ def ask_lm_eval(
 # %% ../nbs/10_harness.ipynb #c022
 def lm_eval_task(
     task,               # a task that lm-eval has loaded
-    options: Options,
+    options: Options,   # how to ask
     spec: dict | None = None, # what identifies it, beside its configuration
 ) -> Task:
     "An lm-eval task as one of ours."
@@ -179,6 +183,7 @@ def lm_eval_task(
     main = 'acc_norm' if 'acc_norm' in better else next(iter(better))
     shots = config.get('num_fewshot') or 0 if options.fewshot is None or config.get('num_fewshot') == 0 else options.fewshot
     drawn = shots > 0 and (config.get('fewshot_config') or {}).get('sampler', 'default') == 'default'
+    config.pop('num_fewshot', None)  # lm-eval writes it there while asking; `shots` says it
     docs = task.eval_docs
     questions = [docs[i] for i in range(min(len(docs), options.limit or len(docs)))]
     asked = dict(config=config, shots=shots, chat=options.chat, max_new_tokens=options.max_new_tokens, lm_eval=need_lm_eval().__version__)

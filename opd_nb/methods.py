@@ -19,7 +19,8 @@ from .alignment import align
 from .distil import batches, distil_rows, parts, read_as
 from .engine import LOSSES
 from .processes import share
-from .rollouts import as_rollout, rollout
+from .rollouts import as_rollout
+from .sharding import whole
 from .types import BadInput, unknown
 
 # %% ../nbs/09_methods.ipynb #c006
@@ -66,8 +67,8 @@ def written(
 ) -> list:               # of `Rollout`, of this process's share
     "What the student answers."
     c, here = run.config, share(run.state, len(conversations), run.config.num_generations)
-    with torch.autocast(run.student.device.type, run.compute, enabled=run.compute is not None):
-        return rollout(run.student, conversations[here], c.max_new_tokens, c.seed, step, here.start, c.temperature, c.top_p, run.micro_batch, run.most)
+    with whole(run.student.model), torch.autocast(run.student.device.type, run.compute, enabled=run.compute is not None):
+        return run.write(run.student, conversations[here], c.max_new_tokens, c.seed, step, here.start, c.temperature, c.top_p, run.micro_batch, run.most)
 
 # %% ../nbs/09_methods.ipynb #c013
 def taken(
@@ -127,7 +128,7 @@ def sums(
         for teacher, mine in parts(run.teacher, rows):
             out, f = distil_rows(run.student, teacher, run.vocab, run.loss, mine, c.score_weight, c.min_teacher_logp, c.max_groups, run.compute)
             if out is None: continue
-            if backward and len(out): out.total.backward()
+            if backward and out.total.requires_grad: out.total.backward()
             total, weight, trained = total + out.total.item(), weight + out.weight, trained + len(out)
             figures.append((len(mine), f))
     return total / weight if weight else 0., weight, trained, weighted(figures)

@@ -159,6 +159,7 @@ class LM:
             if (Path(path) / 'adapter_config.json').is_file(): from peft import AutoPeftModelForCausalLM as AutoModelForCausalLM
             model = AutoModelForCausalLM.from_pretrained(path, dtype=pick_dtype(dtype, device), token=token, **options).eval()
             if not {'device_map', 'quantization_config'} & set(options): model = model.to(device)
+        except BadInput: raise
         except ImportError as e:
             raise BadInput(role, spec, f'needs a package that is not here ({str(e).strip().splitlines()[0][:200]})', 'Install it, or leave out the setting that asks for it, such as TEACHER_FLASH_ATTENTION.') from None
         except (OSError, ValueError, KeyError, RuntimeError) as e:

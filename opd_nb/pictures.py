@@ -17,8 +17,9 @@ UNITS = dict(loss='nats', entropy='nats', teacher_entropy='nats', entropy_gap='n
 def plot_log(
     events: list,      # of a run, dicts with `event` and `step`
     figures=('loss', 'overlap', 'top1_agreement', 'entropy_gap', 'length', 'stop_rate'),
+    warnings=(),       # of `watch.Watch`, to be marked where they came up
 ):
-    "Curves of a run: each step thin, validations as points. Returns the figure."
+    "Curves of a run: each step thin, validations as points, warnings as dotted lines. Returns the figure."
     import matplotlib.pyplot as plt
     have = {(kind, name): [(e['step'], e[name]) for e in events if e['event'] == kind and e.get(name) is not None] for kind in ('step', 'validation') for name in figures}
     shown = [name for name in figures if have['step', name] or have['validation', name]] or list(figures)[:1]
@@ -27,11 +28,15 @@ def plot_log(
     for ax, name in zip(axes.flat, shown):
         for kind, style in (('step', dict(c='#2b6cb0', lw=.8, alpha=.7)), ('validation', dict(c='#c05621', marker='o', ls='', ms=4))):
             if have[kind, name]: ax.plot(*zip(*have[kind, name]), **style)
+        for w in (w for w in warnings if w.figure == name):
+            ax.axvline(w.step, c='#c53030', ls=':', lw=1.2); ax.margins(y=.15)
+            ax.annotate(w.name.replace('_', ' '), (w.step, 1), (3, -3), xycoords=('data', 'axes fraction'), textcoords='offset points', va='top', color='#c53030', fontsize=8)
         ax.set(title=name.replace('_', ' '), xlabel='step', ylabel=UNITS.get(name, 'share'))
+    for ax in axes.flat[:len(shown)]: ax.spines[['top', 'right']].set_visible(False)
     for ax in axes.flat[len(shown):]: ax.remove()
     return fig
 
-# %% ../nbs/08_pictures.ipynb #c009
+# %% ../nbs/08_pictures.ipynb #c010
 def picture(
     fig,           # matplotlib figure
 ) -> str:          # an <img> element with the picture inside
@@ -40,7 +45,7 @@ def picture(
     fig.savefig(out, format='png', dpi=110)
     return f'<img alt="" src="data:image/png;base64,{base64.b64encode(out.getvalue()).decode()}">'
 
-# %% ../nbs/08_pictures.ipynb #c011
+# %% ../nbs/08_pictures.ipynb #c012
 def table(
     rows: list,    # dicts of equal keys
 ) -> str:          # a <table> element, or nothing without rows
@@ -49,7 +54,7 @@ def table(
     line = lambda tag, cells: '<tr>' + ''.join(f'<{tag}>{html.escape(str(x))}</{tag}>' for x in cells) + '</tr>'
     return '<table>' + line('th', rows[0]) + ''.join(line('td', r.values()) for r in rows) + '</table>'
 
-# %% ../nbs/08_pictures.ipynb #c013
+# %% ../nbs/08_pictures.ipynb #c014
 STYLE = 'body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1a202c}img{max-width:100%}table{border-collapse:collapse;font-size:14px}td,th{border-bottom:1px solid #ddd;padding:.3rem .7rem;text-align:left;vertical-align:top}'
 
 def write_page(
@@ -64,7 +69,7 @@ def write_page(
     path.write_text(f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{cell(title)}</title><style>{STYLE}</style><h1>{cell(title)}</h1><p>{cell(summary)}</p>{body}</html>', encoding='utf-8')
     return path
 
-# %% ../nbs/08_pictures.ipynb #c014
+# %% ../nbs/08_pictures.ipynb #c015
 def write_report(
     path: str | Path,      # .html file to write
     title: str,

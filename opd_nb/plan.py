@@ -10,6 +10,7 @@ __all__ = ['KINDS', 'Weight', 'Weights', 'Some', 'Topics', 'Voices', 'PLAN_NUMBE
 # %% ../nbs/07_plan.ipynb #c003
 import json
 import random
+import re
 from dataclasses import dataclass
 from importlib.resources import files
 from math import ceil, inf
@@ -29,12 +30,17 @@ KINDS = dict(reasoning='reasoning_tasks', dialogue='dialogues', instruction='ins
 def _weights(value):
     "A mapping of names to weights, from a mapping, a list of names, or a list of {name, weight}."
     pairs = [(v.get('name'), v.get('weight', 1)) if isinstance(v, dict) else (v, 1) for v in value] if isinstance(value, list) else [*value.items()] if isinstance(value, dict) else [('', 1)]
-    if not all(isinstance(k, (str, int)) and str(k).strip() for k, _ in pairs): raise PydanticCustomError('weights', 'must be a list of names, a list of {{name, weight}}, or a mapping of names to weights')
+    if not all(isinstance(k, (str, int)) and str(k).strip() for k, _ in pairs): raise PydanticCustomError('weights', 'must be a list of names, a list of {name, weight}, or a mapping of names to weights')
     return dict(pairs)
 
 def _some(value):
     "The same weights, unless nothing could be drawn with them."
     if not any(value.values()): raise PydanticCustomError('some', 'must have at least one name, with a weight above 0')
+    return value
+
+def _code(value):
+    "A language as its code."
+    if not re.fullmatch('[a-z]{2,3}(-[A-Za-z]+)?', value): raise PydanticCustomError('language', 'must be an ISO 639 code, such as en, de or pt-BR')
     return value
 
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -52,7 +58,7 @@ class Domain(BaseModel):
     instructions: Topics = {}
     difficulties: Voices = {'easy': 1, 'medium': 1, 'hard': 1}
     personas: Voices = {'anyone': 1}
-    languages: Annotated[dict[Annotated[str, Field(pattern='^[a-z]{2,3}(-[A-Za-z]+)?$')], Weight], Weights, Some] = {'en': 1}  # ISO 639 codes: en, de, pt-BR
+    languages: Annotated[dict[Annotated[str, AfterValidator(_code)], Weight], Weights, Some] = {'en': 1}  # ISO 639 codes: en, de, pt-BR
     turns: Annotated[dict[Annotated[int, Field(ge=1, le=20)], Weight], Weights, Some] = {2: 1, 3: 1}                           # how many questions a dialogue has
     system: str = ''                   # a system message that every record begins with
     questions: str = ''                # name of ready-made questions; without one a model writes them
@@ -84,7 +90,8 @@ def load_domain(
         first = e.errors()[0]
         field, given = '.'.join(str(x) for x in first['loc'] if x != '[key]'), None if first['type'] == 'missing' else first.get('input')
         if first['type'] == 'extra_forbidden': raise unknown(f'field of domain {name}', field, Domain.model_fields) from None
-        raise BadInput(f'{field} of domain {name}', given, first['msg'].replace('Input should', 'must').replace('String should', 'must'), f"Compare it with {shipped['general']}.") from None
+        allowed = 'is missing' if first['type'] == 'missing' else first['msg'].replace('Input should', 'must').partition(', unable')[0]
+        raise BadInput(f'{field} of domain {name}', given, allowed, f"Compare it with {shipped['general']}.") from None
 
 # %% ../nbs/07_plan.ipynb #c011
 def _row(domain, weights, rng):

@@ -11,6 +11,7 @@ import os
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object, reduce
+from torch.distributed.tensor import DTensor
 
 # %% ../nbs/09_processes.ipynb #c005
 def processes(
@@ -72,7 +73,8 @@ def set_gradients(
 ):
     "Put the sum of all terms, over all processes, into `grad`."
     for i, p in enumerate(weights):
-        parts = [(factor, g[i]) for factor, g in terms if g[i] is not None]
+        mean = state.num_processes if isinstance(p, DTensor) else 1  # what its gradient was divided by
+        parts = [(factor * mean, g[i]) for factor, g in terms if g[i] is not None]
         p.grad = None
         for factor, g in parts: p.grad = g.mul_(factor) if p.grad is None else p.grad.add_(g, alpha=factor)
-        if state.num_processes > 1: p.grad = reduce(torch.zeros_like(p) if p.grad is None else p.grad, 'sum')
+        if state.num_processes > 1 and not isinstance(p, DTensor): p.grad = reduce(torch.zeros_like(p) if p.grad is None else p.grad, 'sum')

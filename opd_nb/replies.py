@@ -209,9 +209,10 @@ class Endpoint:
         "A new client; it belongs to one event loop."
         from openai import AsyncOpenAI
         from openai.resources.chat.completions import AsyncCompletions
-        takes = {*signature(AsyncCompletions.create).parameters} - {'self', 'model', 'messages', 'response_format', 'max_completion_tokens', 'stream', 'n'}
+        ours, takes = {'model', 'messages', 'response_format', 'max_completion_tokens', 'stream', 'n'}, {*signature(AsyncCompletions.create).parameters} - {'self'}
         for k in self.options:
-            if k not in takes: raise unknown('option', k, takes)
+            if k in ours: raise BadInput('options', k, 'is set here for every request', 'Leave it out; model and max_tokens are settings of their own.')
+            if k not in takes: raise unknown('option', k, takes - ours)
         return AsyncOpenAI(base_url=self.url, api_key=self.secret.get_secret_value() or 'none', timeout=self.timeout, max_retries=self.retries)
 
     def request(self,

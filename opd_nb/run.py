@@ -12,6 +12,7 @@ import os
 from dataclasses import dataclass, field, replace
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from .checkpoints import put
 from .config import OPDConfig
@@ -20,10 +21,14 @@ from .distil import loss_for
 from .methods import need_references
 from .models import LM
 from .processes import processes
-from .rollouts import longest_prompt, prompt_ids
+from .rollouts import longest_prompt, rollout
+from .server_rollouts import writer_for
+from .sharding import asked_to_shard, shard
 from .teachers import load_teacher
+from .trackers import wanted
 from .types import BadInput
 from .vocab import VocabMap
+from .watch import Watch
 
 log = logging.getLogger('opd_nb')
 
@@ -42,6 +47,7 @@ class Run:
     optimizers: list = field(default_factory=list)
     schedulers: list = field(default_factory=list)  # one for each
     compute: torch.dtype | None = None  # number format of products, if the weights have another
+    write: object = rollout  # who writes: a function of the signature of `rollout`
     most: int | None = None  # longest prompt, in tokens
     micro_batch: int = 64    # rollouts that pass through the models at a time; halved when memory is short
     step: int = 0            # steps taken
@@ -50,6 +56,9 @@ class Run:
     failed: int = 0          # steps without a usable gradient, in a row
     latest: list = field(default_factory=list)  # rollouts of the last step
     events: list = field(default_factory=list)  # what `log.jsonl` holds
+    watch: object = field(default_factory=Watch) # looks at the events
+    trackers: object = None  # are told the events, see `Trackers`
+    show: object = None      # is called with each event, as a `LivePlot` is
 
     @property
     def weights(self) -> list:
@@ -101,7 +110,8 @@ def make_optimizers(
     weights = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     inner = [p for n, p in weights if name == 'muon' and p.ndim == 2 and 'embed' not in n and 'lm_head' not in n]
     rest = [p for _, p in weights if not any(p is q for q in inner)]
-    adamw = torch.optim.AdamW(rest, lr=lr, betas=(.9, .98), weight_decay=weight_decay)
+    kinds = [g for g in ([p for p in rest if isinstance(p, DTensor) == divided] for divided in (False, True)) if g]  # a group holds weights of one kind
+    adamw = torch.optim.AdamW([dict(params=g) for g in kinds], lr=lr, betas=(.9, .98), weight_decay=weight_decay)
     return [torch.optim.Muon(inner, lr=10 * lr, weight_decay=weight_decay), adamw] if inner else [adamw]
 
 # %% ../nbs/09_run.ipynb #c016
@@ -122,6 +132,7 @@ def prepare(
     "Check the settings, load both models and the data."
     if not config.data: raise BadInput('data', config.data, 'must name a file with prompts', 'Use --data prompts.jsonl; opd demo makes one for the embedded models.')
     if not (config.lambda_kd or config.lambda_sft): raise BadInput('lambda_kd', 0., 'leaves nothing to train on, with lambda_sft at 0', 'Give one of them a weight.')
+    wanted(config.track)
     state = processes(config.device)
     train, val = split(need_references(load_conversations(config.data, limit=config.num_samples), config), config.val_fraction)
     if config.turns == 'all': train, val = ([turn for c in part for turn in each_turn(c)] for part in (train, val))
@@ -129,9 +140,10 @@ def prepare(
         with state.main_process_first(): teacher = load_teacher(config.teacher, config)  # what one process finds out about an endpoint is kept for the others
     torch.manual_seed(config.seed)
     student = load_student(config)
+    if asked_to_shard(state): shard(student.model, config, state)
     vocab = VocabMap.build(student.codec, teacher.codec) if teacher and teacher.codec else None  # an endpoint that only writes may not tell its tokens
     loss = teacher and loss_for(config.loss, vocab, teacher, beta=config.beta)
-    run = Run(config, student, teacher, vocab, loss, train, val[:config.val_max_samples], state, compute=compute_dtype(config, student), micro_batch=config.micro_batch,
+    run = Run(config, student, teacher, vocab, loss, train, val[:config.val_max_samples], state, compute=compute_dtype(config, student), write=writer_for(config), watch=Watch(config), micro_batch=config.micro_batch,
               most=longest_prompt(student, config.max_new_tokens, config.max_prompt_tokens))
     run.optimizers = make_optimizers(student.model, config.optimizer, config.learning_rate, config.weight_decay)
     run.schedulers = [make_schedule(o, config) for o in run.optimizers]

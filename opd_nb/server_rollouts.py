@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TOLERANCE', 'WriterGone', 'StaleWriter', 'Server', 'question', 'written', 'hand_over', 'drift', 'ratio_figures',
-           'same_weights', 'from_first', 'ServerWriter', 'writer_for']
+           'number_format', 'same_weights', 'from_first', 'ServerWriter', 'writer_for']
 
 # %% ../nbs/08_server_rollouts.ipynb #c003
 import asyncio, secrets, shutil, threading
@@ -16,7 +16,7 @@ import torch
 
 from .client import Malformed, Question, Refused, Wire
 from .models import LM, read
-from .rollouts import rollout
+from .rollouts import prompt_ids, rollout
 from .spending import TeacherGone
 from .tokens import ChatCodec
 from .types import BadInput, Conversation, Rollout
@@ -156,9 +156,16 @@ def ratio_figures(
 # %% ../nbs/08_server_rollouts.ipynb #c027
 TOLERANCE = {torch.float32: 1e-3, torch.float16: .02, torch.bfloat16: .05}  # mean distance in nats
 
+def number_format(
+    lm: LM,           # the student
+) -> torch.dtype:     # of its products; autocast can make it another than that of its weights
+    "The format that decides how exact the student is."
+    kind = lm.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else lm.model.dtype
+
 def same_weights(
     d: torch.Tensor,       # [N] from `drift`
-    dtype: torch.dtype,    # of the student
+    dtype: torch.dtype,    # see `number_format`
     who: str = 'the server', # for the message
 ):
     "Raise `StaleWriter` unless the writer is the student."
@@ -202,20 +209,21 @@ class ServerWriter:
     ):
         "See that the server has weights that are new enough."
         if self.version is None or step < self.version or step >= self.version + self.sync_every:
+            if any(hasattr(p, 'full_tensor') for p in lm.model.parameters()): raise BadInput('rollouts', self.server.who, 'cannot follow a student that is divided among processes (FSDP)', 'Use --rollouts here, or processes that each hold the student.')
             name = f'opd-{self.run}-{step}'
             self.model = from_first(lambda: hand_over(self.server, lm, name, self.folder, self.name))
             self.version, self.name = step, name
         elif self.model != self.name and (has := self.server.get(self.server.root + '/weight_info').get('weight_version')) != self.name:
             raise StaleWriter(self.server.who, f'has the weights {has}, not {self.name}: it was restarted, or somebody else uses it', 'Resume; it is given them again.')
 
-    def __call__(self, lm: LM, conversations: list, max_new_tokens: int, seed: int = 0, step: int = 0, first_row: int = 0, temperature: float = 1.0, top_p: float = 1.0, batch: int = 64) -> list:
+    def __call__(self, lm: LM, conversations: list, max_new_tokens: int, seed: int = 0, step: int = 0, first_row: int = 0, temperature: float = 1.0, top_p: float = 1.0, batch: int = 64, most: int | None = None) -> list:
         "What the student writes when it is asked; see `rollout`. `batch` is the server's own business."
         self.follow(lm, step)
-        prompts = [lm.codec.prompt(c.prompt) for c in conversations]
+        prompts = [prompt_ids(lm.codec, c, most) for c in conversations]
         answers = self.server.post(*(question(p, lm.codec.stop_ids, self.model, self.name, max_new_tokens, seed, step, first_row + i, temperature, top_p) for i, p in enumerate(prompts)))
         out = [written(a, c, p, lm.codec, self.version) for a, c, p in zip(answers, conversations, prompts)]
         d = drift(lm, out[::max(1, len(out) // self.checked)])
-        if step == self.version and len(d): same_weights(d, lm.model.dtype, self.server.who)
+        if step == self.version and len(d): same_weights(d, number_format(lm), self.server.who)
         self.figures = ratio_figures(d) | dict(writer_lag=step - self.version)
         return out
 

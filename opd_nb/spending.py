@@ -80,7 +80,7 @@ class Meter:
         "Announce a request, or raise `SpendingCap`."
         cost = self.price(tokens_in, tokens_out) if self.price else 0.0
         if self.limit is not None and self.dollars + self.reserved + cost > self.limit:
-            raise SpendingCap(self.who, f'has cost ${self.dollars:.4f}, and the next request (${cost:.4f}) would pass the limit of ${self.limit:g}', 'Raise TEACHER_MAX_DOLLARS and resume.')
+            raise SpendingCap(self.who, f'has cost ${self.dollars:.4f}, and the next request (${cost:.4f}) would pass the limit of ${self.limit:g}', 'Resume to spend as much again, or more with --teacher-max-dollars.')
         self.reserved += cost
         return cost
 

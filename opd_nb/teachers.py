@@ -133,7 +133,7 @@ def spans(
     "Slices that cover n rows, so that logits exist for a few of them at a time."
     return [slice(i, min(n, i + size)) for i in range(0, n, size)]
 
-# %% ../nbs/05_teachers.ipynb #c019
+# %% ../nbs/05_teachers.ipynb #c018
 def written(
     codec,       # whose tokens they are
     rows: list,  # token ids of each completion
@@ -141,13 +141,14 @@ def written(
     "What was written, as text."
     return [(data.decode(errors='replace'), stopped) for data, _, stopped in map(codec.read, rows)]
 
-# %% ../nbs/05_teachers.ipynb #c020
+# %% ../nbs/05_teachers.ipynb #c043
 def secret(
     value,       # a secret setting, or None
 ) -> str | None: # its text
     "A key, to be handed on and shown nowhere."
     return value.get_secret_value() if value else None
 
+# %% ../nbs/05_teachers.ipynb #c020
 def loading(
     config: OPDConfig,
 ) -> dict:      # arguments of `LM.load`
@@ -167,7 +168,7 @@ def hf_teacher(
     config: OPDConfig,   # dtype, device, token and what `loading` takes
 ) -> HFTeacher:
     "A Hugging Face model as teacher."
-    return HFTeacher(LM.load(f'hf:{path}', 'teacher', config.teacher_dtype, config.device, secret(config.hf_token), config.teacher_template, **loading(config)), config.micro_batch)
+    return HFTeacher(LM.load(f'hf:{path}', 'teacher', config.teacher_dtype, config.teacher_device or config.device, secret(config.hf_token), config.teacher_template, **loading(config)), config.micro_batch)
 
 # %% ../nbs/05_teachers.ipynb #c023
 @register_teacher('tiny')
@@ -176,7 +177,7 @@ def tiny_teacher(
     config: OPDConfig,   # dtype, device
 ) -> HFTeacher:
     "An embedded model as teacher."
-    return HFTeacher(LM.load(f'tiny:{name}', 'teacher', config.teacher_dtype, config.device), config.micro_batch)
+    return HFTeacher(LM.load(f'tiny:{name}', 'teacher', config.teacher_dtype, config.teacher_device or config.device), config.micro_batch)
 
 # %% ../nbs/05_teachers.ipynb #c032
 def measure(

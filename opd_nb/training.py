@@ -26,8 +26,11 @@ from .config import OPDConfig
 from .health import text_figures
 from .methods import METHODS, get_method, register_method, step_prompts, step_terms, sums, weighted, write_or_take
 from .processes import added, all_or_none, joined, processes, set_gradients
+from .run_report import note_samples
 from .run import Run, add_lora, make_optimizers, prepare
+from .sharding import clip_gradients, is_sharded
 from .spending import TeacherGone
+from .trackers import Trackers
 from .types import BadInput
 
 log = logging.getLogger('opd_nb')
@@ -68,13 +71,14 @@ def train_step(
     start, model, c = time.perf_counter(), run.student.model.train(), run.config
     terms, writing_took = all_or_none(run.state, lambda: with_less(run, lambda: gradients(run), c.batch * c.num_generations))
     loss, trained, figures = summary(run, terms)
-    norm = torch.nn.utils.clip_grad_norm_(run.weights, c.grad_clip).item()
+    norm = clip_gradients(run.state, run.weights, c.grad_clip)
     sane = bool(trained and math.isfinite(norm))
     for o in run.optimizers if sane else (): o.step()
     for s in run.schedulers: s.step()
     run.step, run.failed, run.latest = run.step + 1, 0 if sane else run.failed + 1, terms[0].rollouts
+    written_by = run.write.figures if run.latest and run.latest[0].logprobs else {}  # of a server
     return dict(event='step', step=run.step, loss=loss, trained=trained, skipped=int(not sane), grad_norm=norm, lr=run.schedulers[-1].get_last_lr()[0],
-                **figures, seconds_writing=writing_took, seconds=time.perf_counter() - start)
+                on_policy=sum(r.on_policy for r in run.latest) / max(1, len(run.latest)), **figures, **written_by, seconds_writing=writing_took, seconds=time.perf_counter() - start)
 
 # %% ../nbs/09_training.ipynb #c009
 def summary(
@@ -103,6 +107,7 @@ def with_less(
         except (RuntimeError, MemoryError) as e:
             if not (isinstance(e, MemoryError) or should_reduce_batch_size(e) or 'MPS backend out of memory' in str(e)): raise
             said = str(e).strip().splitlines()[0][:160]
+            if is_sharded(run.student.model): raise BadInput('micro_batch', run.micro_batch, f'is too much for the memory ({said})', LEVERS) from None  # all processes take equally many passes
         run.student.model.zero_grad(); gc.collect()  # out of the handler: its traceback held the tensors
         if torch.cuda.is_available(): torch.cuda.empty_cache()
         run.micro_batch = min(run.micro_batch, rows) // 2
@@ -128,7 +133,10 @@ def validate(
         rollouts = write_or_take(run, run.val, 2**31)
         loss, weight, trained, figures = get_method(run.config.method)(run, rollouts, backward=False)
         return [Term(1., run.config.method, rollouts, loss * weight, weight, trained, figures, [])]
-    loss, trained, figures = summary(run, all_or_none(run.state, lambda: with_less(run, attempt, len(run.val))))
+    terms = all_or_none(run.state, lambda: with_less(run, attempt, len(run.val)))
+    loss, trained, figures = summary(run, terms)
+    if run.state.is_main_process:
+        with writing(run.config.output_dir / 'samples.jsonl'): note_samples(run.config.output_dir, run.step, terms[0].rollouts)
     return dict(event='validation', step=run.step, loss=loss, trained=trained, **figures)
 
 # %% ../nbs/09_training.ipynb #c022
@@ -197,13 +205,16 @@ def train(
     config: OPDConfig,  # settings
     teacher=None,       # see `prepare`
     progress: bool = True, # show a bar
+    show=None,          # called with each event, such as a `LivePlot`
 ) -> Trained:
     "Distil a teacher into a student. Everything is in `config`; everything that comes of it is in `config.output_dir`."
     state = processes(config.device)
     all_or_none(state, lambda: open_folder(config.output_dir, config.resume) if state.is_main_process else None)
     run = all_or_none(state, lambda: prepare(config, teacher))
     if config.resume: go_on(run)
-    if state.is_main_process: config.save(config.output_dir / 'config.yaml')
+    if state.is_main_process:
+        config.save(config.output_dir / 'config.yaml')
+        run.trackers, run.show = Trackers(config, config.output_dir, run.step), show
     start = time.perf_counter()
     with tqdm(total=config.max_steps, initial=run.step, desc='distil', disable=not (progress and state.is_main_process), mininterval=1) as bar:
         while True:
@@ -216,6 +227,7 @@ def train(
             if run.failed == FAILURES: raise failing(run)
             bar.update(); bar.set_postfix(loss=f"{figures['loss']:.3f}", overlap=f"{figures.get('overlap', 0):.2f}", refresh=False)
     final = save_student(run, 'final')
+    if run.trackers: run.trackers.close()
     best = config.output_dir / 'best'
     return Trained(config.output_dir, final, best if best.is_dir() else final, run.events, time.perf_counter() - start, run.step)
 

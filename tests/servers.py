@@ -50,6 +50,12 @@ def command_server(*words, patience=180, **env):
         process.wait()
 
 
+def vllm_server(python, folder):
+    "vLLM, of the environment that has this interpreter, in float32 on a CPU."
+    words = f'-m vllm.entrypoints.openai.api_server --model {folder} --port {{port}} --host 127.0.0.1 --dtype float32 --max-model-len 256 --max-logprobs -1 --enforce-eager --distributed-executor-backend uni'
+    return command_server(python, *words.split(), patience=400, HF_HUB_OFFLINE='1', VLLM_NO_USAGE_STATS='1', VLLM_CPU_KVCACHE_SPACE='1', TORCHDYNAMO_DISABLE='1', VLLM_ENABLE_V1_MULTIPROCESSING='0')
+
+
 class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = 'HTTP/1.1'
     def log_message(self, *a): pass

@@ -276,6 +276,47 @@ def test_openrouter_preset(here, tmp_path, monkeypatch):
         assert headers['x-title'] == 'opd_nb' and 'http-referer' in headers and headers['authorization'] == f'Bearer {KEY}'
 
 
+@pytest.fixture
+def only_env(llama, here, tmp_path, monkeypatch):
+    "`opd train` with everything in a `.env`, before llama.cpp's server of which only the chat route can be reached, under OpenRouter's name."
+    from opd_nb.cli import main
+    from opd_nb.data import save_conversations
+    monkeypatch.chdir(tmp_path)
+    save_conversations(countdown.draw(16), tmp_path / 'p.jsonl')
+    keys = dict(TEACHER_BACKEND='openrouter', OPENROUTER_API_KEY=KEY, TEACHER_PRICE='1,2', OPD_TEACHER_CACHE='a.sqlite', OPD_STUDENT='tiny:', DATA_PATH='p.jsonl', OUTPUT_DIR='run', MAX_STEPS=3, OPD_BATCH=2, MAX_NEW_TOKENS=10, VAL_MAX_SAMPLES=2, OPD_DEVICE='cpu', LEARNING_RATE=1e-3)
+    with fault_proxy(llama, only='/chat/completions') as (url, _, seen):
+        monkeypatch.setattr('opd_nb.api.OPENROUTER', url)
+        def run(*more, **changed):
+            Path('.env').write_text(''.join(f'{k}={v}\n' for k, v in (keys | changed).items()))
+            return main(['train', *more])
+        yield run, seen
+
+
+@pytest.mark.parametrize('tokenizer, mode', [(True, 'prefix_walk'), (False, 'continuation')])
+def test_trains_through_a_chat_route_alone(only_env, here, capfd, tokenizer, mode):
+    from opd_nb.training import read_log
+    run, seen = only_env
+    assert run(**(dict(TEACHER_TOKENIZER=here.lm.path) if tokenizer else {})) == 0
+    told = capfd.readouterr()
+    assert f'asked by {mode}: it goes on from a begun answer' in told.out and '$1 for a million tokens read' in told.out and ('TEACHER_TOKENIZER' in told.out) != tokenizer
+    assert 'completions: $' in told.out and KEY not in told.out + told.err and 'Make ' not in told.out + told.err
+    steps = [e for e in read_log('run') if e['event'] == 'step']
+    assert len(steps) == 3 and all(e['trained'] > 0 and not e['skipped'] and 0 < e['loss'] < 10 for e in steps)
+    assert all(body['provider'] == dict(require_parameters=True) for _, _, body in seen if 'messages' in body) and not any(KEY.encode() in p.read_bytes() for p in Path('.').rglob('*') if p.is_file() and p.name != '.env')
+
+
+def test_a_run_stops_at_its_cap_and_goes_on(only_env, here, capfd):
+    run, seen = only_env
+    assert run(TEACHER_TOKENIZER=here.lm.path, TEACHER_MAX_DOLLARS=.01, TEACHER_PRICE='15,30') == 75
+    told = capfd.readouterr().err
+    cost = float(told.partition('has cost $')[2].split(',')[0])
+    assert 0 < cost <= .01 and 'would pass the limit of $0.01' in told and 'Traceback' not in told
+    asked = len(seen)
+    assert run('--config', 'run/config.yaml', '--resume', '--teacher-max-dollars', '1') == 0 and len(seen) > asked
+    bodies = [str(body) for _, _, body in seen if body.get('max_tokens') == 1 and 'messages' in body]
+    assert len(set(bodies)) == len(bodies)  # nothing was paid for twice
+
+
 def test_tokenizer_of_another_model_is_refused(llama, tmp_path):
     other = load_teacher('tiny:student-bpe')
     with pytest.raises(BadInput, match='teacher_tokenizer'): load_teacher(f'api:{llama}', config(other, tmp_path / 'a'))
@@ -297,14 +338,3 @@ def test_transformers_serve_ignores_what_it_accepts(here, tmp_path):
     with command_server(command, 'serve', folder, '--port', '{port}', '--host', '127.0.0.1', '--device', 'cpu', '--dtype', 'float32') as url:
         with pytest.raises(BadInput) as e: load_teacher(f'api:{url}#{folder}', config(here, tmp_path / 'a', teacher_timeout=60, teacher_retries=0))
     for sentence in ('no logprobs of the tokens it writes', 'it accepts logprobs and lists none', 'starts another'): assert sentence in str(e.value)
-
-
-@slow
-def test_vllm_gives_the_same_numbers(here, records, tmp_path):
-    "The real contract. OPD_VLLM_PYTHON is the interpreter of an environment that has vLLM."
-    python = os.environ.get('OPD_VLLM_PYTHON') or pytest.skip('OPD_VLLM_PYTHON names no environment with vLLM')
-    with command_server(python, '-m', 'vllm.entrypoints.openai.api_server', '--model', here.lm.path, '--port', '{port}', '--host', '127.0.0.1', '--dtype', 'float32', '--max-model-len', '512',
-                        '--max-logprobs', '-1', '--enforce-eager', '--distributed-executor-backend', 'uni', patience=400, HF_HUB_OFFLINE='1', VLLM_NO_USAGE_STATS='1', VLLM_CPU_KVCACHE_SPACE='1', TORCHDYNAMO_DISABLE='1', VLLM_ENABLE_V1_MULTIPROCESSING='0') as url:
-        teacher = load_teacher(f'api:{url}', config(here, tmp_path / 'a', teacher_timeout=60))
-        assert teacher.finding.mode == 'prompt_logprobs' and teacher.capabilities.kind == 'sparse'
-        assert close_to(teacher.score(*records), here.score(*records)) < 1e-4

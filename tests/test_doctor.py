@@ -8,6 +8,7 @@ from servers import fault_proxy, served
 
 pytest.importorskip('xllamacpp', reason="llama.cpp's server comes with the dev requirements")
 KEY = 'sk-planted-77aa01'
+MACHINE = ('python', 'packages', 'device', 'data', 'memory', 'disk')  # what is looked at before the teacher
 
 
 @pytest.fixture(scope='module')
@@ -18,7 +19,8 @@ def llama():
 def opd(capsys, *words):
     status = main([str(w) for w in words])
     shown = capsys.readouterr()
-    return status, [line.split(maxsplit=2) for line in shown.out.splitlines()], shown.out + shown.err
+    lines = [line.split(maxsplit=2) for line in shown.out.splitlines()]
+    return status, [x for x in lines if x[1] not in MACHINE], shown.out + shown.err
 
 
 def test_doctor_looks_at_a_real_server(llama, tmp_path, capsys):
@@ -31,6 +33,7 @@ def test_doctor_looks_at_a_real_server(llama, tmp_path, capsys):
     assert any(topic == 'way' and said.startswith('llama_cpp: yes') for _, topic, said in lines) and any(said.startswith('prompt_logprobs: no') for _, topic, said in lines)
     cost = found['one'][1]
     assert ' requests' in cost and '$0.000000' not in cost and '$' in cost
+    assert found['time'][0] == 'ok' and '$0.00 ' not in found['dollars'][1] and 'for the run' in found['dollars'][1]
     status, lines, text = opd(capsys, *words, '--student', 'tiny:', '--loss', 'gold')
     assert status == 1 and lines[-1][:2] == ['stop', 'loss'] and KEY not in text
 
@@ -68,7 +71,8 @@ def test_a_vocabulary_that_spells_little(tmp_path, capsys):
     (tmp_path / 'p.jsonl').write_text('{"prompt": "What is 1 = 1?"}\n')
     words = ['doctor', '--teacher', f'gguf:{gguf}', '--student', real('models', 'bitllama3M'), '--loss', 'bpm', '--device', 'cpu', '--teacher-n-gpu-layers', 0]
     status, lines, text = opd(capsys, *words)
-    assert status == 0 and lines[-1] == ['ok', 'loss', 'bpm fits'], text
+    found = {topic: (level, said) for level, topic, said in lines}
+    assert status == 0 and found['loss'][0] == 'ok' and 'bpm fits' in found['loss'][1] and found['tokenizers'][0] == 'warning', text
     status, lines, _ = opd(capsys, *words, '--data', tmp_path / 'p.jsonl')
     assert status == 1 and lines[-1][:2] == ['stop', 'pair'] and 'spell' in lines[-1][2]
 

@@ -208,3 +208,13 @@ def test_an_interrupted_evaluation_goes_on(tmp_path):
     straight = evaluate({'base': 'tiny:student'}, ['countdown'], Options(300), tmp_path / 'new', progress=False)
     resumed = evaluate({'again': 'tiny:student'}, ['countdown'], Options(300), tmp_path, progress=False)
     assert straight.records['base', 'countdown'] == resumed.records['again', 'countdown']
+
+
+def test_the_run_notebook_in_small(tmp_path):
+    "Papermill, a run of four steps, two tasks that need no file: metrics, report and checkpoints are there."
+    words = ['-p', 'output_dir', tmp_path, '-p', 'max_steps', 4, '-p', 'batch', 8, '-p', 'n_train', 100, '-p', 'limit', 8, '-p', 'tasks', 'countdown,teacher_answers', '-p', 'seed', 3]
+    done = subprocess.run([sys.executable, '-m', 'papermill', str(ROOT / 'nbs' / 'runs' / 'evaluate.ipynb'), str(tmp_path / 'out.ipynb'), *map(str, words)], capture_output=True, text=True, timeout=600, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    m = json.loads((tmp_path / 'metrics.json').read_text())
+    assert {'base', 'best', 'final', 'sft', 'teacher'} <= set(m['models']) and m['failures'] == 0 and (tmp_path / 'report.html').exists()
+    assert m['figures']['countdown teacher']['value'] > m['figures']['countdown base']['value'] and m['figures']['teacher_answers teacher']['value'] == 1

@@ -140,6 +140,22 @@ def test_a_character_without_a_token_is_an_error_of_its_record(tmp_path):
     assert file.generate([c], 12) == HFTeacher(lm).generate([c], 12)
 
 
+def test_a_distilled_student_answers_from_its_file_as_from_its_folder(tmp_path):
+    "Greedy answers to 150 held-out puzzles, of a student that has just been trained."
+    from opd_nb import countdown
+    from opd_nb.config import OPDConfig
+    from opd_nb.data import save_conversations
+    from opd_nb.training import train
+    prompts, puzzles = save_conversations(countdown.draw(80), tmp_path / 'p.jsonl'), countdown.draw(150, seed=7, split='held_out')
+    done = train(OPDConfig(_env_file=None, student='tiny:student', teacher='tiny:teacher', loss='gold', data=str(prompts), output_dir=tmp_path / 'run', max_steps=4, batch=16, max_new_tokens=24, learning_rate=1e-3, val_fraction=0, device='cpu'), progress=False)
+    twin = HFTeacher(LM.load(str(done.student), device='cpu')).generate(puzzles, 40)
+    assert twin != HFTeacher(LM.load('tiny:student', device='cpu')).generate(puzzles, 40), 'it learnt nothing'
+    same = {quant: sum(a == b for a, b in zip(twin, GGUFTeacher(export_gguf(str(done.student), tmp_path / f'{quant}.gguf', quant)).generate(puzzles, 40))) for quant in ('f32', 'q8_0')}
+    solved = sum(bool(countdown.verify(p.metadata['numbers'], p.metadata['target'], text)) for p, (text, _) in zip(puzzles, twin))
+    print(same, solved)
+    assert same['f32'] == 150 and same['q8_0'] > 135 and solved > 5, (same, solved)
+
+
 @pytest.fixture(scope='session')
 def converter(tmp_path_factory):
     "llama.cpp's own converter, from the source distribution of llama-cpp-python, and what it imports besides."

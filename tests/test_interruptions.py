@@ -5,14 +5,9 @@ import pytest
 import torch
 
 from conftest import ROOT, slow
-from test_training import OPD, config, figures, prompts, weights
+from test_training import OPD, config, figures, flags, prompts, weights
 from opd_nb.checkpoints import newest_checkpoint, open_folder, save_student
 from opd_nb.training import prepare, read_log, train
-
-
-def flags(c):
-    "The words of a command line that mean these settings."
-    return [f"--{k.replace('_', '-')}={v}" for k, v in c.model_dump(mode='json', exclude_defaults=True).items()]
 
 
 def same_weights(a, b):
@@ -24,12 +19,12 @@ def test_forty_steps_are_twenty_a_kill_and_twenty(prompts, tmp_path):
     kw = dict(max_steps=40, batch=2, max_new_tokens=12, save_every=20, eval_every=10, val_max_samples=3)
     whole = train(config(prompts, tmp_path / 'whole', **kw), progress=False)
     part = config(prompts, tmp_path / 'part', **kw)
-    process = subprocess.Popen([*OPD, 'train', *flags(part)], cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([*OPD, 'train', *flags(part.model_dump(mode='json', exclude_defaults=True))], cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     while process.poll() is None and not any(e['step'] > 20 for e in read_log(tmp_path / 'part')): time.sleep(.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, 'it was done before it could be killed'
     assert newest_checkpoint(tmp_path / 'part').name == 'step-20' and not (tmp_path / 'part' / 'final').exists()
-    done = subprocess.run([*OPD, 'train', *flags(part), '--resume'], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([*OPD, 'train', *flags(part.model_dump(mode='json', exclude_defaults=True)), '--resume'], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert same_weights(whole.student, tmp_path / 'part' / 'final') and same_weights(whole.best, tmp_path / 'part' / 'best')
     assert figures(whole.folder) == figures(tmp_path / 'part')
@@ -90,22 +85,43 @@ def test_full_disk(prompts, tmp_path):
     assert same_weights(whole.student, tmp_path / 'after' / 'final') and figures(whole.folder) == figures(tmp_path / 'after')
 
 
-def launch(*words, processes=2):
-    "`accelerate launch` of the training module; --multi_gpu means several processes, and without a GPU they are CPU processes."
-    return subprocess.run([sys.executable, '-m', 'accelerate.commands.launch', '--multi_gpu', f'--num_processes={processes}', '--num_machines=1', '--mixed_precision=no', '--dynamo_backend=no', '-m', 'opd_nb.training', *words],
+def launch(*words, how=('--multi_gpu',)):
+    "`accelerate launch` of the training module in two processes; --multi_gpu means several of them, and without a GPU they are CPU processes."
+    return subprocess.run([sys.executable, '-m', 'accelerate.commands.launch', *how, '--num_processes=2', '--num_machines=1', '--mixed_precision=no', '--dynamo_backend=no', '-m', 'opd_nb.training', *words],
                           capture_output=True, text=True, env=os.environ | dict(CUDA_VISIBLE_DEVICES='', PYTHONPATH=str(ROOT)))
 
 
 def test_two_processes_are_one(prompts, tmp_path):
     kw = dict(max_steps=20, batch=6, num_generations=2, max_new_tokens=12, lambda_sft=.2, eval_every=10, save_every=10, learning_rate=3e-4)
     one = train(config(prompts, tmp_path / 'one', **kw), progress=False)
-    done = launch(*flags(config(prompts, tmp_path / 'two', **kw)))
+    done = launch(*flags(config(prompts, tmp_path / 'two', **kw).model_dump(mode='json', exclude_defaults=True)))
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count('student ') == 1, done.stdout  # one of them speaks
     a, b = figures(one.folder), figures(tmp_path / 'two')
     assert [(e['event'], e['step'], e['trained'], e['length']) for e in a] == [(e['event'], e['step'], e['trained'], e['length']) for e in b]
     assert max(abs(x['loss'] - y['loss']) for x, y in zip(a, b)) < 1e-4
     assert {p.name for p in one.folder.iterdir()} == {p.name for p in (tmp_path / 'two').iterdir()}
+
+
+def test_divided_layers_are_one_model(prompts, tmp_path):
+    "FSDP on two CPU processes: the same losses, ordinary students, and a run that goes on."
+    kw = dict(max_steps=4, max_new_tokens=12, num_generations=2, val_max_samples=4)
+    one = train(config(prompts, tmp_path / 'one', **kw), progress=False)
+    given = config(prompts, tmp_path / 'two', **kw).model_dump(mode='json', exclude_defaults=True)
+    how = '--use_fsdp', '--fsdp_version=2', '--fsdp_auto_wrap_policy=TRANSFORMER_BASED_WRAP'
+    done = launch(*flags(given), how=how)
+    assert done.returncode == 0, done.stderr[-2000:]
+    a, b = figures(one.folder), figures(tmp_path / 'two')
+    assert [(e['event'], e['step'], e['trained']) for e in a] == [(e['event'], e['step'], e['trained']) for e in b]
+    for k in ('loss', 'grad_norm'): assert max(abs(x[k] - y[k]) for x, y in zip(a, b) if k in x) < 1e-3
+    same = weights(one.student), weights(tmp_path / 'two' / 'final')
+    assert all(torch.allclose(same[0][k], same[1][k], atol=1e-3) for k in same[0]) and same[0].keys() == same[1].keys()
+    (tmp_path / 'two' / 'final').rename(tmp_path / 'kept')
+    done = launch(*flags(given), '--resume', how=how)  # from step-2, once more to the end
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert figures(tmp_path / 'two') == b and same_weights(tmp_path / 'two' / 'final', tmp_path / 'kept')
+    done = launch(*flags(given | dict(output_dir=tmp_path / 'three', batch=3)), how=how)
+    assert done.returncode != 0 and 'must be a multiple of the 2 processes' in done.stderr
 
 
 def test_one_of_two_cannot(tmp_path):
@@ -119,6 +135,7 @@ def test_memory_does_not_grow(prompts, tmp_path):
     "Resident memory after 100 and after 500 steps, with validation and checkpoints."
     import psutil
     from opd_nb import training
+    open_folder(tmp_path / 'run', False)
     run = prepare(config(prompts, tmp_path / 'run', max_steps=500, batch=4))
     seen = []
     for _ in range(500):

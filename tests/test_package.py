@@ -54,6 +54,7 @@ def test_wheel_carries_notebooks_and_models(tmp_path):
     built = next((tmp_path / 'b').glob('lib*')) / 'opd_nb'
     runs = {p.name for p in (ROOT / 'nbs' / 'runs').glob('*.ipynb')}
     assert runs and {p.name for p in (built / 'notebooks').glob('*.ipynb')} == runs
+    assert {'laptop.yaml', 'countdown.jsonl', 'cluster.yaml'} <= {p.name for p in (built / 'presets').iterdir()} and (built / 'constraints.txt').is_file()
     for name in ('teacher', 'student', 'student-bpe'):
         assert {'config.json', 'model.safetensors', 'tokenizer.json', 'README.md'} <= {p.name for p in (built / 'tiny' / name).iterdir()}
     assert sum(p.stat().st_size for p in (built / 'tiny').rglob('*')) < 6e6

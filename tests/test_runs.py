@@ -100,14 +100,17 @@ def test_two_real_models_in_small(tmp_path):
 
 
 def test_teachers_in_small(tmp_path):
-    "Three backends on four completions: every loss is compared, and the notebook's own limits hold."
+    "Three backends on four completions and in three steps of `opd train`: every loss is compared, and the notebook's own limits hold."
     pytest.importorskip('llama_cpp', reason='pip install opd_nb[gguf]')
     pytest.importorskip('xllamacpp', reason="llama.cpp's server comes with the dev requirements")
-    done = papermill(tmp_path, '-p', 'n', '4', '-p', 'k', '20', '-p', 'real', 'False', '-p', 'seed', '3', notebook='teachers')
+    done = papermill(tmp_path, '-p', 'n', '4', '-p', 'k', '20', '-p', 'real', 'False', '-p', 'seed', '3', '-p', 'train_steps', '3', '-p', 'batch', '4', '-p', 'n_eval', '20', notebook='teachers')
     assert done.returncode == 0, done.stderr[-2000:]
     m = json.loads((tmp_path / 'metrics.json').read_text())
     assert m['embedded']['losses_compared'] == 12 and m['embedded']['largest_loss_difference'] < 1e-3 and 'babyllama105' not in m
     assert m['embedded']['largest_logprob_difference'] < 1e-4 and m['embedded']['least_same_likeliest'] == 1 and (tmp_path / 'time.png').exists()
+    assert [len(t['losses']) for t in m['training'].values()] == [0, 3, 3, 3]
+    first, *others = (t['losses'] for t in list(m['training'].values())[1:])
+    assert all(abs(a - b) < 1e-3 * b for a, b in zip(others[0], first)) and all(abs(a - b) < .3 * b for a, b in zip(others[1], first))
 
 
 def test_loops_side_by_side_in_small(tmp_path):
@@ -118,3 +121,13 @@ def test_loops_side_by_side_in_small(tmp_path):
     m = json.loads((tmp_path / 'metrics.json').read_text())
     assert all('NotImplementedError' in m['refused'][who] for who in ('student', 'teacher')) and (tmp_path / 'loops.png').exists()
     assert all(m['tokens_per_second'][side] > 0 and m['curves'][side]['steps'] > 1 for side in ('opd_nb', 'opd_nb, gold', 'TRL', 'TRL, mended', 'opd_nb, SentencePiece', 'TRL positional, SentencePiece'))
+
+
+def test_gpu_in_small(tmp_path):
+    "Shapes of a toy, on a CPU: each phase has its time, for adapters and for all weights."
+    from opd_nb.models import tiny_folder
+    small = dict(student_shape='2,32,2,1,64', teacher_shape='2,64,2,1,96', student_vocab=512, teacher_vocab=512, tokenizer=tiny_folder('teacher'), batch=4, micro_batch=2, max_new_tokens=6, steps=2, device='cpu')
+    done = papermill(tmp_path, *(w for k, v in small.items() for w in ('-p', k, str(v))), notebook='gpu')
+    assert done.returncode == 0, done.stderr[-2000:]
+    m = json.loads((tmp_path / 'metrics.json').read_text())
+    assert set(m['modes']) == {'lora', 'whole'} and all(x[k] > 0 for x in m['modes'].values() for k in ('rollout', 'teacher', 'student', 'tokens_per_second', 'peak_gb')) and not (tmp_path / 'student').exists()

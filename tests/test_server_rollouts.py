@@ -67,6 +67,17 @@ def test_bad_addresses(spec, tmp_path):
     with pytest.raises(BadInput, match='rollouts'): writer_for(OPDConfig(_env_file=None, rollouts=spec, output_dir=tmp_path))
 
 
+def test_a_divided_student_is_refused(tmp_path):
+    "What one process holds of it are no weights to hand over, and gathering them is not done yet."
+    from torch.distributed.tensor import distribute_tensor, init_device_mesh
+    lm, writer = LM.load('tiny:student', dtype='float32'), ServerWriter('vllm:http://127.0.0.1:9', tmp_path)
+    torch.distributed.init_process_group('gloo', store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        lm.model.lm_head.weight = torch.nn.Parameter(distribute_tensor(lm.model.lm_head.weight.detach(), init_device_mesh('cpu', (1,))))
+        with pytest.raises(BadInput, match='FSDP'): writer.follow(lm, 0)
+    finally: torch.distributed.destroy_process_group()
+
+
 def test_here_is_the_students_own_writing(tmp_path):
     assert writer_for(OPDConfig(_env_file=None, output_dir=tmp_path)) is rollout
 
@@ -130,3 +141,65 @@ def test_vllm_that_stays_behind_is_found_out(vllm, tmp_path, monkeypatch):
     base = Server(f'vllm:{url}').get('/models')['data'][0]['id']
     monkeypatch.setattr('opd_nb.server_rollouts.hand_over', lambda *a: base)
     with pytest.raises(StaleWriter, match='differ by up to'): writer(adapted, ASKS, 24, step=1)
+
+
+TWO = '''
+import sys
+from opd_nb import countdown
+from opd_nb.models import LM
+from opd_nb.processes import processes
+from opd_nb.server_rollouts import ServerWriter, WriterGone
+state, (url, folder) = processes('cpu'), sys.argv[1:]
+mine = countdown.draw(6, 1)[state.process_index * 3:][:3]
+writer = ServerWriter(f'vllm:{url}', folder)
+for step in range(2): print('ids', state.process_index, step, [r.ids for r in writer(LM.load('tiny:student', dtype='float32', device='cpu'), mine, 8, step=step, first_row=state.process_index * 3)], flush=True)
+try: ServerWriter('vllm:http://127.0.0.1:9', folder)(LM.load('tiny:student', device='cpu'), mine, 8)
+except WriterGone as e: print('end', state.process_index, e, flush=True)
+'''
+
+
+@slow
+def test_two_processes_share_one_writer(tmp_path):
+    "One hands over, both write; what they write is what one alone would get; an end reaches both."
+    import subprocess, sys
+    (tmp_path / 'two.py').write_text(TWO)
+    with writing_server('tiny:student') as (url, state):
+        done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '--standalone', str(tmp_path / 'two.py'), url, str(tmp_path)], capture_output=True, text=True, timeout=300, env=os.environ | dict(ACCELERATE_USE_CPU='true'))
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert sum(p == '/collective_rpc' for p, _ in state.seen) == 2
+        alone = ServerWriter(f'vllm:{url}', tmp_path / 'alone')(LM.load('tiny:student', dtype='float32'), ASKS, 8, step=1)
+    said = sorted(line for line in done.stdout.splitlines() if line.startswith(('ids', 'end')))
+    assert [line.split()[1] for line in said[:2]] == ['0', '1'] and all('does not take new weights' in line for line in said[:2]), said
+    assert [said[3], said[5]] == [f'ids {k} 1 {[r.ids for r in alone[3 * k:3 * k + 3]]}' for k in range(2)]
+
+
+def trained(url, folder, student, **settings):
+    "Six steps by `train`, written by a server."
+    import json
+    from opd_nb.training import train
+    (folder / 'puzzles.jsonl').write_text(''.join(json.dumps(dict(messages=list(c.prompt), metadata=c.metadata)) + '\n' for c in countdown.draw(40)))
+    done = train(OPDConfig(_env_file=None, student=student, teacher='tiny:', data=str(folder / 'puzzles.jsonl'), rollouts=f'vllm:{url}', sync_every=2, output_dir=folder / 'run', batch=8, max_new_tokens=16, max_steps=6, warmup_steps=0,
+                           learning_rate=2e-3, val_fraction=0., **settings), progress=False)
+    return [e for e in done.events if e['event'] == 'step']
+
+
+def follows(steps):
+    assert len(steps) == 6 and not any(e['skipped'] for e in steps)
+    assert [e['writer_lag'] for e in steps] == [0, 1] * 3
+    fresh, old = [e['writer_gap'] for e in steps[::2]], [e['writer_gap'] for e in steps[1::2]]
+    assert max(fresh) < 1e-4 < min(old) and all(.5 < e['importance_ratio'] < 2 for e in steps), (fresh, old)
+
+
+@pytest.mark.parametrize('lora', [False, True], ids=['whole', 'lora'])
+def test_a_run_whose_rollouts_a_server_writes(lora, tmp_path):
+    with writing_server('tiny:student') as (url, state):
+        follows(trained(url, tmp_path, 'tiny:student', lora=lora))
+        assert sum(p.endswith(('load_lora_adapter', 'collective_rpc')) for p, _ in state.seen) >= 3 and len(state.models) == 1 + lora
+
+
+@slow
+@pytest.mark.parametrize('lora', [False, True], ids=['whole', 'lora'])
+def test_a_run_whose_rollouts_vllm_writes(vllm, lora, tmp_path):
+    folder, url = vllm
+    ServerWriter(f'vllm:{url}', tmp_path / 'base').follow(LM.load(folder, dtype='float32'), 0)
+    follows(trained(url, tmp_path, folder, lora=lora))

@@ -1,18 +1,23 @@
 "Runs that are cut off, cases that need files, and students that must load elsewhere."
 import json
-import subprocess, sys
+import shutil, subprocess, sys
 
 import pytest
 import torch
 
+from conftest import ROOT, real, slow
 from opd_nb import countdown
 from opd_nb.config import OPDConfig
 from opd_nb.data import save_conversations
 from opd_nb.training import newest_checkpoint, read_log, train
-from opd_nb.types import BadInput
+from opd_nb.models import tiny_folder
+from opd_nb.types import BadInput, Conversation
 
 
 OPD = [sys.executable, '-c', 'import sys; from opd_nb.cli import main; sys.exit(main())']
+
+
+def flags(settings): return [f"--{k.replace('_', '-')}" + ('' if v is True else f'={v}') for k, v in settings.items()]
 
 
 @pytest.fixture(scope='module')
@@ -69,16 +74,68 @@ def test_saved_students_load_with_plain_libraries(prompts, tmp_path):
     AutoPeftModelForCausalLM.from_pretrained(student)
 
 
-def test_command_and_function_agree(prompts, tmp_path):
+def test_command_function_and_notebook_agree(prompts, tmp_path):
     c = config(prompts, tmp_path / 'function', max_steps=2)
     train(c, progress=False)
-    words = [w for k, v in c.model_dump(mode='json', exclude_defaults=True).items() for w in (f"--{k.replace('_', '-')}", str(v))]
-    words[words.index('--output-dir') + 1] = str(tmp_path / 'command')
-    done = subprocess.run([*OPD, 'train', *words], capture_output=True, text=True, cwd=tmp_path)
+    given = c.model_dump(mode='json', exclude_defaults=True)
+    parameters = [w for k, v in (given | dict(output_dir=tmp_path / 'notebook')).items() for w in ('-p', k, str(v))]
+    notebook = [sys.executable, '-m', 'papermill', str(ROOT / 'nbs' / 'runs' / 'distill.ipynb'), str(tmp_path / 'out.ipynb'), *parameters]
+    repeat = [*OPD, 'train', '--config', str(tmp_path / 'command' / 'config.yaml'), '--output-dir', str(tmp_path / 'repeat')]
+    for name, command in (('command', [*OPD, 'train', *flags(given | dict(output_dir=tmp_path / 'command'))]), ('notebook', notebook), ('repeat', repeat)):
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert figures(tmp_path / name) == figures(tmp_path / 'function'), name
+    assert json.loads((tmp_path / 'notebook' / 'metrics.json').read_text())['last']['step'] == 2
+
+
+def test_several_teachers_and_their_records(prompts, tmp_path):
+    "Two teachers of unequal weight; who teaches a record can be said in it."
+    shutil.copytree(tiny_folder('teacher'), tmp_path / 'other')
+    spec = f"tiny:teacher@3,hf:{tmp_path / 'other'}"
+    one = train(config(prompts, tmp_path / 'one', max_steps=2), progress=False)
+    two = train(config(prompts, tmp_path / 'two', max_steps=2, teacher=spec), progress=False)  # the same weights under two names
+    for a, b in zip(figures(one.folder), figures(two.folder)): assert abs(a['loss'] - b['loss']) < 1e-4 and a['trained'] == b['trained']
+    rows = [dict(messages=list(c.messages), metadata=c.metadata | dict(teacher='somebody')) for c in countdown.draw(20)]
+    (tmp_path / 'routed.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+    with pytest.raises(BadInput, match='somebody'): train(config(str(tmp_path / 'routed.jsonl'), tmp_path / 'three', max_steps=1, teacher=spec), progress=False)
+
+
+def stories(folder):
+    "Both real models with the stop that they use, and openings of stories."
+    for name in ('bitllama3M', 'babyllama105'):
+        shutil.copytree(real('models', name), folder / name)
+        for file, change in (('tokenizer_config.json', dict(eos_token='<s>')), ('generation_config.json', dict(eos_token_id=[1, 2]))):
+            (folder / name / file).write_text(json.dumps(json.loads((folder / name / file).read_text()) | change))
+    openings = [f'Once upon a time, there was a little child named {n}. {n} loved {x}. One day,' for n in ('Lily', 'Tom', 'Mia', 'Ben', 'Sue', 'Max') for x in ('to sing', 'big trucks', 'the little dog', 'to climb trees')]
+    return str(save_conversations([Conversation(({'role': 'user', 'content': o},)) for o in openings], folder / 'openings.jsonl'))
+
+
+@pytest.mark.parametrize('steps', [4, pytest.param(200, marks=slow)])
+@pytest.mark.parametrize('kw', [dict(learning_rate=3e-5), dict(lora=True, learning_rate=5e-4, lora_target='q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj')], ids=['all weights', 'lora'])
+def test_two_real_models(tmp_path, kw, steps):
+    "Models that others trained, by the command. The student loads with plain libraries and writes; in two hundred steps the validation loss falls (four are too few to tell)."
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    settings = dict(student=tmp_path / 'babyllama105', teacher=f"hf:{tmp_path / 'bitllama3M'}", data=stories(tmp_path), output_dir=tmp_path / 'run', loss='bpm', max_steps=steps, batch=4, max_new_tokens=24, temperature=.7,
+                    val_fraction=.3, eval_every=steps // 2, warmup_steps=1, device='cpu', teacher_dtype='float32', monitor='val_loss', monitor_mode='min', **kw)
+    done = subprocess.run([*OPD, 'train', *flags(settings)], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert figures(tmp_path / 'command') == figures(tmp_path / 'function')
-    done = subprocess.run([*OPD, 'train', '--config', str(tmp_path / 'command' / 'config.yaml'), '--output-dir', str(tmp_path / 'repeat')], capture_output=True, text=True, cwd=tmp_path)
-    assert figures(tmp_path / 'repeat') == figures(tmp_path / 'function'), done.stderr
+    tests = [e for e in read_log(tmp_path / 'run') if e['event'] == 'validation']
+    assert [e['step'] for e in tests] == [steps // 2, steps] and all(0 < e['loss'] < .6 for e in tests)
+    if steps == 200: assert tests[1]['loss'] < tests[0]['loss'], tests
+    student = (AutoPeftModelForCausalLM if kw.get('lora') else AutoModelForCausalLM).from_pretrained(tmp_path / 'run' / 'final')
+    tok = AutoTokenizer.from_pretrained(tmp_path / 'run' / 'final')
+    ids = tok('Once upon a time', return_tensors='pt').input_ids
+    assert student.generate(input_ids=ids, max_new_tokens=12, do_sample=False).shape[1] > ids.shape[1]
+
+
+def test_configuration_files_of_accelerate():
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.utils import DistributedType
+    found = {p.stem: load_config_from_file(str(p)) for p in (ROOT / 'opd_nb' / 'accelerate').glob('*.yaml')}
+    assert {k: (v.distributed_type, v.num_machines, v.mixed_precision) for k, v in found.items()} == {
+        'processes': (DistributedType.MULTI_GPU, 1, 'bf16'), 'fsdp': (DistributedType.FSDP, 1, 'bf16'), 'fsdp-nodes': (DistributedType.FSDP, 2, 'bf16')}
+    assert all(v.fsdp_config['fsdp_version'] == 2 for k, v in found.items() if 'fsdp' in k)
 
 
 @pytest.mark.parametrize('kw, says', [
