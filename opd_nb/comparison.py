@@ -154,5 +154,5 @@ def plot_costs(
         x = np.array([np.mean([r['spent'][part] / r['tokens'] * 1000 for r in rs]) for rs in runs.values()])
         ax.barh(list(runs), x, left=left, color=colour, height=.65, label=part); left = left + x
     ax.invert_yaxis(); ax.set(xlabel='seconds of one core for 1000 student tokens', title=pair)
-    ax.spines[['top', 'right']].set_visible(False); ax.legend(fontsize=8, frameon=False)
+    ax.spines[['top', 'right']].set_visible(False); ax.legend(fontsize=8, frameon=False, loc='upper left', bbox_to_anchor=(1, 1))
     return ax

@@ -323,5 +323,4 @@ def main(
     print(f'{left} runs left')
 
 # %% ../nbs/12_laboratory.ipynb #c039
-#| eval: false
-if __name__ == '__main__': main()
+if __name__ == '__main__' and '__file__' in globals(): main()  # a notebook is a __main__ too, and has no file

@@ -185,9 +185,10 @@ def made_tiny(family, folder):
     return str(folder / family)
 
 
+@slow
 @pytest.mark.parametrize('recipe, student, teacher, words', [
     pytest.param('questions', 'qwen2', 'qwen2', ['-p', 'tasks', 'arc_easy_local,hellaswag_local,truthfulqa_mc2_local'], id='questions'),
-    pytest.param('gold-llama', 'llama', 'qwen3', ['-p', 'methods', 'grpo,gold_trl,bpm'], marks=slow, id='gold-llama')])
+    pytest.param('gold-llama', 'llama', 'qwen3', ['-p', 'methods', 'grpo,gold_trl,bpm'], id='gold-llama')])
 def test_recipe_at_tiny_size(tmp_path, monkeypatch, recipe, student, teacher, words):
     "The full-size recipes, on random models of their families."
     monkeypatch.setenv('OPD_REAL_DATA', str(real('benchmarks').parent))
