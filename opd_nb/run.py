@@ -54,7 +54,7 @@ class Run:
     best: float | None = None # best validation figure so far
     waited: int = 0          # validations since then
     failed: int = 0          # steps without a usable gradient, in a row
-    latest: list = field(default_factory=list)  # rollouts of the last step
+    latest: list = field(default_factory=list)  # rollouts of the last step or validation
     events: list = field(default_factory=list)  # what `log.jsonl` holds
     watch: object = field(default_factory=Watch) # looks at the events
     trackers: object = None  # are told the events, see `Trackers`

@@ -135,8 +135,7 @@ def validate(
         return [Term(1., run.config.method, rollouts, loss * weight, weight, trained, figures, [])]
     terms = all_or_none(run.state, lambda: with_less(run, attempt, len(run.val)))
     loss, trained, figures = summary(run, terms)
-    if run.state.is_main_process:
-        with writing(run.config.output_dir / 'samples.jsonl'): note_samples(run.config.output_dir, run.step, terms[0].rollouts)
+    run.latest = terms[0].rollouts
     return dict(event='validation', step=run.step, loss=loss, trained=trained, **figures)
 
 # %% ../nbs/09_training.ipynb #c022
@@ -154,8 +153,10 @@ def merit(
 def keep_best(
     run: Run,      # from `prepare`
 ):
-    "Validate; save the student if it is better than ever before."
+    "Validate; keep some of what was written, and the student if it is better than ever before."
     note(run, figures := validate(run))
+    if run.state.is_main_process:
+        with writing(run.config.output_dir / 'samples.jsonl'): note_samples(run.config.output_dir, run.step, run.latest)
     value = merit(run, figures)
     if value > (-math.inf if run.best is None else run.best):
         run.best, run.waited = value, 0
