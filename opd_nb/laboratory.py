@@ -103,7 +103,7 @@ class Budget:
     prompts: int = 4000      # to train on
     marks: int = 5           # readings on the way to each of the two budgets
     course: int | None = None # steps of the student's course; its own if not set
-    rates: tuple = (5e-4, 1.5e-3, 4e-3) # learning rates of AdamW that are tried
+    rates: tuple = (5e-5, 1.5e-4, 5e-4, 1.5e-3) # learning rates of AdamW that are tried
 
 FAST = Budget(tokens=1500, seconds=1.5, batch=8, puzzles=24, prompts=48, marks=2, course=20, rates=(1e-3,))  # tries the machinery, says nothing
 TRIAL = 'characters', 1000, .4  # pair and seed on which rates are tried, and the share of the budget
