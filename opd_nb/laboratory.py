@@ -76,21 +76,21 @@ class Arm:
 
 ARMS = dict(
     sft=Arm(dict(method='sft'), 'sft'),
-    kd=Arm(dict(method='kd', loss='gold', beta=.5), 'sft'),
+    kd=Arm(dict(method='kd', loss='bpm'), 'sft'),
     grpo=Arm(dict(method='grpo', num_generations=8), 'grpo'),
-    gkd=Arm(dict(loss='gkd'), 'gold', ('same',)),
-    gold=Arm(dict(loss='gold', beta=.5), 'gold'),
-    gold_trl=Arm(dict(loss='gold_trl', beta=.5), 'gold'),
+    gkd=Arm(dict(loss='gkd'), 'bpm', ('same',)),
+    gold=Arm(dict(loss='gold', beta=.5), 'bpm'),
+    gold_trl=Arm(dict(loss='gold_trl', beta=.5), 'bpm'),
     uld=Arm(dict(loss='uld'), 'uld'),
-    strict=Arm(dict(loss='strict'), 'gold'),
-    bpm=Arm(dict(loss='bpm'), 'gold'),
-    escd=Arm(dict(loss='escd'), 'gold'),
+    strict=Arm(dict(loss='strict'), 'bpm'),
+    bpm=Arm(dict(loss='bpm'), 'bpm'),
+    escd=Arm(dict(loss='escd'), 'bpm'),
     alm=Arm(dict(loss='alm'), 'alm'),
     pg=Arm(dict(loss='pg'), 'pg'),
-    xtoken=Arm(dict(loss='xtoken'), 'gold'),
-    half=Arm(dict(loss='gold', beta=.5, lam=.5), 'gold', ('crossing',)),
-    token=Arm(dict(loss='gold', beta=.5, score_weight='token'), 'gold', ('crossing',)),
-    trajectory=Arm(dict(loss='gold', beta=.5, score_weight='trajectory', num_generations=4), 'gold', ('crossing',)))
+    xtoken=Arm(dict(loss='xtoken'), 'bpm'),
+    half=Arm(dict(loss='bpm', lam=.5), 'bpm', ('crossing',)),
+    token=Arm(dict(loss='bpm', score_weight='token'), 'bpm', ('crossing',)),
+    trajectory=Arm(dict(loss='bpm', score_weight='trajectory', num_generations=4), 'bpm', ('crossing',)))
 
 # %% ../nbs/12_laboratory.ipynb #c014
 @dataclass(frozen=True)
