@@ -123,7 +123,7 @@ def pair_lines(
         same = similarity(codec.bytes, teacher.codec.bytes, texts)
         words = 'one vocabulary' if vocab.identical else f"{same['student_matched']:.0%} of the student's tokens and {same['teacher_matched']:.0%} of the teacher's mean the same bytes; {same['one_to_one']:.0%} of {what} is cut alike"
         apart = same['one_to_one'] < .5
-        out = [Line('warning' if apart else 'ok', 'tokenizers', words, 'strict and gold train on little here; bpm, escd and alm use every position.' if apart else '')]
+        out = [Line('warning' if apart else 'ok', 'tokenizers', words, 'strict and gold train on little here; cover, bpm and alm use every position.' if apart else '')]
     try: name = loss_for(config.loss, vocab, teacher).name
     except BadInput as e: return out + [Line('stop', 'loss', f'{e.field} = {e.value!r}: {e.allowed}', e.remedy)]
     fits = [x for x in can.losses if x != 'gkd' or vocab and vocab.identical]

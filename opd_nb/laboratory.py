@@ -84,6 +84,7 @@ ARMS = dict(
     uld=Arm(dict(loss='uld'), 'uld'),
     strict=Arm(dict(loss='strict'), 'bpm'),
     bpm=Arm(dict(loss='bpm'), 'bpm'),
+    cover=Arm(dict(loss='cover'), 'bpm'),
     escd=Arm(dict(loss='escd'), 'bpm'),
     alm=Arm(dict(loss='alm'), 'alm'),
     pg=Arm(dict(loss='pg'), 'pg'),

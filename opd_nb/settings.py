@@ -113,8 +113,8 @@ class RolloutSettings(BaseModel):
 class LossSettings(BaseModel):
     "What the student should do about what the teacher said."
     method: Literal['opd', 'kd', 'sft', 'grpo'] = setting('opd', "What is learnt from: opd, the student's own text scored by the teacher; kd, reference text scored by the teacher; sft, reference text alone; grpo, own text and a verifier's reward.")
-    loss: str = setting('auto', 'Loss: gkd, strict, gold, uld, bpm, escd, xtoken, alm, pg, trust, continuation or sft; auto fits the pair and the teacher.', min_length=1)
-    beta: float = setting(0., 'β of the generalised JSD in gkd, gold, bpm and escd: 0 forward KL, 1 reverse KL.', 'share', ge=0, le=1)
+    loss: str = setting('auto', 'Loss: gkd, strict, gold, uld, bpm, cover, escd, xtoken, alm, pg, trust, continuation or sft; auto fits the pair and the teacher.', min_length=1)
+    beta: float = setting(0., 'β of the generalised JSD in gkd, gold, bpm, cover and escd: 0 forward KL, 1 reverse KL.', 'share', ge=0, le=1)
     lambda_kd: float = setting(1., 'Weight of the distillation loss.', 'factor', ge=0)
     lambda_sft: float = setting(0., 'Weight of cross-entropy on the reference answers, where there are any.', 'factor', ge=0)
     cold_start_steps: int = setting(0, 'Steps of cross-entropy on the reference answers before distillation begins.', 'steps', ge=0)

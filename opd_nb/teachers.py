@@ -19,7 +19,7 @@ from .types import BadInput, Dense, unknown
 
 # %% ../nbs/05_teachers.ipynb #c006
 SERVES = dict(
-    dense='gkd uld gold strict bpm escd alm pg trust xtoken'.split(),  # whole distributions
+    dense='gkd uld gold strict bpm cover escd alm pg trust xtoken'.split(),  # whole distributions
     sparse='gkd strict bpm escd alm pg trust'.split(),                 # the likeliest k, and the realised token
     listed='gkd strict bpm escd'.split(),                                 # the likeliest k alone
     realised='alm pg'.split(),                                         # the realised token alone

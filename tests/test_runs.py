@@ -131,3 +131,11 @@ def test_gpu_in_small(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     m = json.loads((tmp_path / 'metrics.json').read_text())
     assert set(m['modes']) == {'lora', 'whole'} and all(x[k] > 0 for x in m['modes'].values() for k in ('rollout', 'teacher', 'student', 'tokens_per_second', 'peak_gb')) and not (tmp_path / 'student').exists()
+
+
+def test_spelling_in_small(tmp_path):
+    "Four steps of both losses; what four hundred come to is in the notebook."
+    done = papermill(tmp_path, '-p', 'max_steps', '4', '-p', 'batch', '4', '-p', 'marks', '2', '-p', 'n_train', '40', '-p', 'n_eval', '20', notebook='spelling')
+    assert done.returncode == 0, done.stderr[-2000:]
+    m = json.loads((tmp_path / 'metrics.json').read_text())
+    assert [p['step'] for p in m['marks']['cover']] == [0, 2, 4] and m['marks']['bpm'][1]['teacher_nll'] > 0
