@@ -161,7 +161,7 @@ def papermill(folder, *words):
 def test_notebook_reads_what_is_there(fast, tmp_path):
     "Tables and pictures of the finished runs."
     m = papermill(tmp_path, '-p', 'results', str(fast / 'results'))
-    assert m['finished'] == 17 and 'gold-crossing' in m['recovery']
+    assert m['finished'] == len(read_results(fast / 'results')) > 2 and {'gold-crossing', 'cover-crossing'} <= set(m['recovery'])
     assert {'curves.png', 'recovery.png', 'costs.png'} <= {p.name for p in tmp_path.iterdir()}
 
 
