@@ -131,7 +131,6 @@ def prepare(
 ) -> Run:
     "Check the settings, load both models and the data."
     if not config.data: raise BadInput('data', config.data, 'must name a file with prompts', 'Use --data prompts.jsonl; opd demo makes one for the embedded models.')
-    if not (config.lambda_kd or config.lambda_sft): raise BadInput('lambda_kd', 0., 'leaves nothing to train on, with lambda_sft at 0', 'Give one of them a weight.')
     wanted(config.track)
     state = processes(config.device)
     train, val = split(need_references(load_conversations(config.data, limit=config.num_samples), config), config.val_fraction)
