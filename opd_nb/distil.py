@@ -14,7 +14,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from . import losses, prefix_losses, scalar_losses, spelling_losses  # so that all losses are registered
+from . import cover_loss, losses, prefix_losses, scalar_losses, spelling_losses  # so that all losses are registered
 from .alignment import Alignment, align
 from .engine import DEFAULT_LOSS, LOSSES, Side, get_loss, inside, score_weights, teacher_side
 from .health import health

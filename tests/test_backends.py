@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from conftest import real, slow
-from opd_nb import countdown, prefix_losses, scalar_losses, spelling_losses  # so that their losses are registered
+from opd_nb import countdown, cover_loss, prefix_losses, scalar_losses, spelling_losses  # so that their losses are registered
 from opd_nb.alignment import align
 from opd_nb.config import OPDConfig
 from opd_nb.engine import get_loss, teacher_side
