@@ -8,6 +8,8 @@ __all__ = ['PAIRS', 'COURSE', 'crossing_tokenizer', 'teachers_own', 'likeness', 
 # %% ../nbs/11_bodies.ipynb #c003
 from pathlib import Path
 
+from filelock import FileLock
+
 from .countdown import INST, TURNS, Recipe, byte_level_tokenizer, make_tiny, sentencepiece_tokenizer, training_text
 from .types import unknown
 
@@ -71,5 +73,6 @@ def body(
     "A student after its short course, made at the first call."
     if name not in PAIRS: raise unknown('pair', name, PAIRS)
     folder = Path(folder) / f'seed-{seed}' if steps is None else Path(folder) / f'seed-{seed}-{steps}'
-    make_tiny(name, folder, steps, seed, recipes=COURSE, tokenizers=PAIRS)
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / f'{name}.lock'): make_tiny(name, folder, steps, seed, recipes=COURSE, tokenizers=PAIRS)
     return folder / name

@@ -185,7 +185,7 @@ def under_way(
     begins = on([not cs[0] for cs in written], dtype=torch.bool)
     return UnderWay(looks, which, event, p * scale[which], ended, torch.where(begins, 1 / total, 0), expected.clamp(min=1e-12) * total, expected)
 
-# %% ../nbs/04_cover_loss.ipynb #c027
+# %% ../nbs/04_cover_loss.ipynb #c028
 def follow_on(
     t: torch.Tensor,         # [U, E + 3] targets, changed in place
     e: torch.Tensor,         # [M, E_t] the teacher's probabilities
@@ -206,7 +206,7 @@ def follow_on(
     for col, x in ((to, p), (alone, -p)): t.index_put_((i[which], columns(col, n, t.device)), x, accumulate=True)
     return looks, share
 
-# %% ../nbs/04_cover_loss.ipynb #c029
+# %% ../nbs/04_cover_loss.ipynb #c030
 def open_cells(
     t: torch.Tensor,         # [U, E + 3] any tensor with one row for each unit
     e: torch.Tensor,         # [M, E_t] the teacher's probabilities
@@ -234,7 +234,7 @@ def open_cells(
         cells[u] = [*apart, sorted(mine)]
     return cells
 
-# %% ../nbs/04_cover_loss.ipynb #c030
+# %% ../nbs/04_cover_loss.ipynb #c031
 def pooled(
     x: torch.Tensor,  # [U, E] log-probabilities
     cells: dict,      # of `open_cells`
@@ -248,7 +248,7 @@ def pooled(
     rows, rest = (events != width).nonzero().T
     return x.index_put((u[rows], events[rows, rest]), x.new_tensor(-1e4)).index_put((u, events[:, 0]), whole)
 
-# %% ../nbs/04_cover_loss.ipynb #c032
+# %% ../nbs/04_cover_loss.ipynb #c033
 def cover_targets(
     q: torch.Tensor,     # [M, V_t] the teacher's log-probabilities
     piece: Piece,        # with one unit for each target
@@ -278,7 +278,7 @@ def cover_targets(
     t[:, -1] += 1 - trust
     return t, (q[at] > -1e3).any(-1) & (way.expected > 1e-9), cells
 
-# %% ../nbs/04_cover_loss.ipynb #c036
+# %% ../nbs/04_cover_loss.ipynb #c039
 @register_loss('cover')
 def cover(
     student: Side,         # the student's positions

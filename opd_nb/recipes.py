@@ -54,7 +54,7 @@ class Full:
     prompt: int = 120            # tokens of a prompt, for the estimate
 
 COMMON = dict(max_steps=1000, batch=32, micro_batch=16, learning_rate=5e-6, warmup_steps=50, dtype='bfloat16', optimizer='adamw', gradient_checkpointing=True, eval_every=200, save_every=200)
-ACROSS = dict(sft=dict(method='sft', learning_rate=1e-5), kd=dict(method='kd', loss='gold'), grpo=dict(method='grpo', num_generations=8, batch=4, learning_rate=1e-6),
+ACROSS = dict(sft=dict(method='sft', learning_rate=1e-5), kd=dict(method='kd', loss='cover'), grpo=dict(method='grpo', num_generations=8, batch=4, learning_rate=1e-6),
               uld=dict(loss='uld'), gold_trl=dict(loss='gold_trl'), gold=dict(loss='gold'), strict=dict(loss='strict'), bpm=dict(loss='bpm'), cover=dict(loss='cover'), escd=dict(loss='escd'), alm=dict(loss='alm'), pg=dict(loss='pg'))
 FULL = {'gold-llama': Full('meta-llama/Llama-3.2-1B-Instruct', 'hf:Qwen/Qwen3-4B-Instruct-2507', 'countdown', ACROSS, COMMON | dict(max_new_tokens=512)),
         'same-qwen': Full('Qwen/Qwen2.5-0.5B-Instruct', 'hf:Qwen/Qwen2.5-7B-Instruct', 'countdown', dict(sft=ACROSS['sft'], grpo=ACROSS['grpo'], gkd=dict(loss='gkd')), COMMON | dict(max_new_tokens=512)),
