@@ -116,7 +116,7 @@ class Budget:
     prompts: int = 12_000    # to train on
     marks: int = 6           # readings on the way to each of the two budgets
     course: int | None = None # steps of the student's course; its own if not set
-    rates: tuple = (3e-4, 1e-3, 3e-3) # learning rates of AdamW that are tried
+    rates: tuple = (1e-4, 3e-4, 1e-3) # learning rates of AdamW that are tried
 
 LONG = Budget(tokens=3_600_000, seconds=1800., marks=12)  # twelve times that, to see where the first of them end
 FAST = Budget(tokens=1500, seconds=1.5, batch=8, puzzles=24, prompts=48, marks=2, course=20, rates=(1e-3,))  # tries the machinery, says nothing
@@ -158,7 +158,7 @@ class Timed:
         self.seconds += time.thread_time() - start
         return out
 
-# %% ../nbs/12_laboratory.ipynb #c019
+# %% ../nbs/12_laboratory.ipynb #c020
 def checked(
     lm: LM,
     puzzles: list,  # of `Conversation`
@@ -167,7 +167,7 @@ def checked(
     right = accuracy(lm, puzzles, lambda c, text: verify(c.metadata['numbers'], c.metadata['target'], text), max_new_tokens=32).right
     return ''.join(str(int(x)) for x in right)
 
-# %% ../nbs/12_laboratory.ipynb #c020
+# %% ../nbs/12_laboratory.ipynb #c021
 @torch.no_grad()
 def judged(
     run,              # see `training.Run`
@@ -182,7 +182,7 @@ def judged(
     finally:
         for w, x in zip(weights, now): w.copy_(x)
 
-# %% ../nbs/12_laboratory.ipynb #c021
+# %% ../nbs/12_laboratory.ipynb #c023
 @torch.no_grad()
 def follow(
     average: list,     # weights, changed in place
@@ -192,7 +192,7 @@ def follow(
     "Move the average toward the present weights. Of the first twenty steps it is the mean, later it reaches back over the last tenth or so."
     for a, w in zip(average, model.parameters()): a.lerp_(w, 1 / max(min(step, 20), LAST * step))
 
-# %% ../nbs/12_laboratory.ipynb #c023
+# %% ../nbs/12_laboratory.ipynb #c025
 def asked_of(
     seed: int,       # of a run
     budget: Budget,
@@ -200,7 +200,7 @@ def asked_of(
     "The puzzles a run is judged by: held-out ones, or, in trials of learning rates, others."
     return draw(budget.puzzles, seed, split='train') if seed == TRIAL[1] else draw(budget.puzzles, 0, split='held_out')
 
-# %% ../nbs/12_laboratory.ipynb #c024
+# %% ../nbs/12_laboratory.ipynb #c027
 class Meter:
     "What a run has spent, and what it was able to do with that."
     def __init__(self,
@@ -234,7 +234,7 @@ class Meter:
             if self.done[k] >= getattr(self.budget, k): self.at[k] = dict(self.marks[-1], solved=solved, spent={n: round(x, 2) for n, x in self.spent.items()})
             else: self.due[k] = self.size(k) * (self.done[k] // self.size(k) + 1)
 
-# %% ../nbs/12_laboratory.ipynb #c027
+# %% ../nbs/12_laboratory.ipynb #c030
 def experiment(
     arm: str,          # one of `ARMS`
     pair: str,         # one of `PAIRS`
@@ -266,14 +266,14 @@ def experiment(
             meter.read(due, judged(run, average, puzzles), step=run.step, loss=round(f['loss'], 4), length=round(f['length'], 2))
     return dict(arm=arm, pair=pair, seed=seed, budget=asdict(budget), settings=own, steps=run.step, marks=meter.marks, at=meter.at, wall=round(time.perf_counter() - wall, 1), **where())
 
-# %% ../nbs/12_laboratory.ipynb #c028
+# %% ../nbs/12_laboratory.ipynb #c031
 def where() -> dict:
     "What a run's figures may depend on beside its settings."
     import transformers
     from opd_nb import __version__
     return dict(versions=dict(opd_nb=__version__, python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__))
 
-# %% ../nbs/12_laboratory.ipynb #c030
+# %% ../nbs/12_laboratory.ipynb #c033
 def reference(
     name: str,       # one of `PAIRS`, or 'teacher'
     budget: Budget,
@@ -284,7 +284,7 @@ def reference(
     alike = {} if name == 'teacher' else likeness(lm.codec.bytes, teachers_own())
     return dict(arm='before', pair=name, seed=0, budget=asdict(budget), solved=checked(lm, asked_of(0, budget)), weights=lm.model.num_parameters(), likeness=alike, **where())
 
-# %% ../nbs/12_laboratory.ipynb #c032
+# %% ../nbs/12_laboratory.ipynb #c036
 def file_of(
     folder: Path,
     run: tuple,     # (arm, pair, seed)
@@ -292,7 +292,7 @@ def file_of(
     "Where a run's result lies."
     return Path(folder) / f'{run[0]}-{run[1]}-{run[2]}.json'
 
-# %% ../nbs/12_laboratory.ipynb #c033
+# %% ../nbs/12_laboratory.ipynb #c037
 def rate_for(
     family: str,     # the arm that was tried
     folder: Path,    # of results
@@ -304,7 +304,7 @@ def rate_for(
     if not all(f.exists() for f in files.values()): return None
     return max(files, key=lambda rate: sum(m['right'] for m in json.loads(files[rate].read_text())['marks']))
 
-# %% ../nbs/12_laboratory.ipynb #c036
+# %% ../nbs/12_laboratory.ipynb #c040
 def queue(
     budget: Budget,
     seeds=(0, 1, 2),
@@ -316,7 +316,7 @@ def queue(
     most = [(arm, 'crossing', seed) for seed in seeds for arm in MAIN]
     return list(dict.fromkeys(trials + ends + most + [(arm, pair, seed) for pair in reversed(PAIRS) for seed in seeds for arm, a in ARMS.items() if pair in a.pairs]))
 
-# %% ../nbs/12_laboratory.ipynb #c038
+# %% ../nbs/12_laboratory.ipynb #c042
 def make(
     run: tuple,      # (arm, pair, seed)
     folder: Path,    # of results
@@ -330,7 +330,7 @@ def make(
     if rate: return experiment(arm, *run[1:], float(rate), replace(budget, tokens=int(budget.tokens * TRIAL[2]), seconds=budget.seconds * TRIAL[2]), cache) | dict(arm=run[0])
     if (found := rate_for(ARMS[arm].family, trials or folder, budget)): return experiment(arm, *run[1:], found, budget, cache)
 
-# %% ../nbs/12_laboratory.ipynb #c039
+# %% ../nbs/12_laboratory.ipynb #c043
 def work(
     folder,                  # of results
     cache,                   # of bodies and answers
@@ -358,7 +358,7 @@ def work(
         tell(f"{'-'.join(map(str, run))}: {time.time() - start:.0f} s, {len(left())} left")
     return len(left())
 
-# %% ../nbs/12_laboratory.ipynb #c041
+# %% ../nbs/12_laboratory.ipynb #c045
 def main(
     words=None,    # of the command line
 ):
@@ -379,5 +379,5 @@ def main(
     else: left = work(a.folder, a.cache, FAST if a.fast else Budget(), a.hours, tell=say)
     print(f'{left} runs left')
 
-# %% ../nbs/12_laboratory.ipynb #c042
+# %% ../nbs/12_laboratory.ipynb #c046
 if __name__ == '__main__' and '__file__' in globals(): main()  # a notebook is a __main__ too, and has no file
