@@ -347,7 +347,7 @@ def work(
     for run in left():
         if time.time() > end: break
         try:
-            with FileLock(cache / f'{file_of(folder, run).name}.lock', timeout=0):
+            with FileLock(cache / f'{folder.name}-{file_of(folder, run).name}.lock', timeout=0):
                 if file_of(folder, run).exists(): continue
                 start, result = time.time(), make(run, folder, cache, budget, trials)
                 if result is None: continue
