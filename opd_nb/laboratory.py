@@ -74,15 +74,17 @@ class Arm:
     settings: dict               # of `OPDConfig`
     family: str                  # the arm whose trials decide on its learning rate
     pairs: tuple = tuple(PAIRS)  # students it is tried on
+    prompts: int | None = None   # fewer than the budget has
 
 def on_policy(
     family: str,           # see `Arm`
     pairs: tuple = tuple(PAIRS),
     temperature: float = .5,
+    prompts: int | None = None,
     **settings,            # of `OPDConfig`
 ) -> Arm:
     "The student writes, the teacher is asked."
-    return Arm(dict(temperature=temperature) | settings, family, pairs)
+    return Arm(dict(temperature=temperature) | settings, family, pairs, prompts)
 
 ARMS = dict(
     sft=Arm(dict(method='sft'), 'sft'),
@@ -98,12 +100,15 @@ ARMS = dict(
     xtoken=on_policy('cover', loss='xtoken'),
     alm=on_policy('alm', loss='alm'),
     pg=on_policy('pg', loss='pg', temperature=1.),
+    sft_few=Arm(dict(method='sft'), 'sft', ('crossing',), 500),
+    kd_few=Arm(dict(method='kd', loss='cover'), 'cover', ('crossing',), 500),
+    cover_few=on_policy('cover', ('crossing',), prompts=500, loss='cover'),
     gkd=on_policy('cover', ('same',), loss='gkd'),
     half=on_policy('cover', ('crossing',), loss='cover', lam=.5),
     warm=on_policy('cover', ('crossing',), loss='cover', temperature=1.),
     token=on_policy('cover', ('crossing',), loss='cover', score_weight='token'),
     trajectory=on_policy('cover', ('crossing',), loss='cover', score_weight='trajectory', num_generations=4))
-MAIN = 'sft', 'kd', 'grpo', 'gold_trl', 'uld', 'cover', 'bpm'  # those the question is about
+MAIN = 'sft', 'kd', 'grpo', 'gold_trl', 'uld', 'cover', 'bpm', 'sft_few', 'kd_few', 'cover_few'  # those the question is about
 
 # %% ../nbs/12_laboratory.ipynb #c014
 @dataclass(frozen=True)
@@ -247,7 +252,8 @@ def experiment(
     if arm not in ARMS: raise unknown('arm', arm, ARMS)
     torch.set_num_threads(1)
     teacher = load_teacher('tiny:teacher', OPDConfig(_env_file=None, device='cpu'))
-    data, each = answered(budget, cache, teacher)
+    prompts = ARMS[arm].prompts or budget.prompts
+    data, each = answered(replace(budget, prompts=prompts), cache, teacher)
     own = dict(learning_rate=rate) | ARMS[arm].settings
     config = OPDConfig(_env_file=None, student=str(body(pair, cache, budget.course)), teacher='tiny:teacher', data=str(data), device='cpu', seed=seed, val_fraction=0, max_new_tokens=28, warmup_steps=10,
                        schedule='constant', max_steps=10**6, micro_batch=budget.batch, **own | dict(batch=budget.batch // own.get('num_generations', 1)))
@@ -260,7 +266,7 @@ def experiment(
         f = train_step(run)
         took, asked = time.thread_time() - start, timed.seconds - before
         follow(average, run.student.model, run.step)
-        if reads: took, asked = (x + each * budget.batch * (run.step * budget.batch <= budget.prompts) for x in (took, asked))
+        if reads: took, asked = (x + each * budget.batch * (run.step * budget.batch <= prompts) for x in (took, asked))
         writing = (took - asked) * f['seconds_writing'] / max(f['seconds'], 1e-9) if config.method in ('opd', 'grpo') else 0.
         if due := meter.add(round(f['length'] * budget.batch), writing, asked, took - asked - writing):
             meter.read(due, judged(run, average, puzzles), step=run.step, loss=round(f['loss'], 4), length=round(f['length'], 2))
