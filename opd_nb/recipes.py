@@ -114,7 +114,7 @@ def run_full(
 ) -> dict:           # method -> folder of its student
     "Train every method of a recipe that is not finished, and say where the students are."
     from opd_nb.training import train
-    import opd_nb.laboratory  # registers gold_trl
+    import opd_nb.peers  # registers gold_trl
     done = {}
     for name, config in configs.items():
         final = config.output_dir / 'final'

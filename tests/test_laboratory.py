@@ -17,8 +17,9 @@ from opd_nb.baselines import group_advantages, grpo_loss
 from opd_nb.comparison import compare, read_results
 from opd_nb.data import save_conversations
 from opd_nb.engine import Side
-from opd_nb.laboratory import ARMS, FAST, gold_trl, work
+from opd_nb.laboratory import ARMS, FAST, work
 from opd_nb.models import LM
+from opd_nb.peers import gold_trl
 from opd_nb.types import Head
 from opd_nb.vocab import VocabMap
 
@@ -141,11 +142,13 @@ def test_fast_laboratory_makes_every_arm_once(fast):
 
 
 def test_two_workers_share_a_folder(fast, tmp_path):
-    "Each run is made once; a run whose learning rate is not known yet is left for later."
-    from concurrent.futures import ThreadPoolExecutor
-    pick, made = lambda arm, pair, seed: pair in ('crossing', 'teacher') and seed == 0 and arm in ('before', 'sft', 'strict'), []
-    with ThreadPoolExecutor(2) as pool: list(pool.map(lambda _: work(tmp_path, fast / 'cache', FAST, only=pick, tell=made.append), range(2)))
-    assert len(made) == 4 and len(list(tmp_path.glob('*.json'))) == 4
+    "A run that another worker is at is left to it; so is one whose learning rate is not known yet."
+    from filelock import FileLock
+    pick, made = lambda arm, pair, seed: pair in ('crossing', 'teacher') and seed == 0 and arm in ('before', 'sft'), []
+    with FileLock(fast / 'cache' / f'{tmp_path.name}-sft-crossing-0.json.lock'):
+        assert work(tmp_path, fast / 'cache', FAST, only=pick, tell=made.append) == 1
+    assert len(made) == len(list(tmp_path.glob('*.json'))) == 2
+    assert work(tmp_path, fast / 'cache', FAST, only=pick, tell=made.append) == 0 and made[-1].startswith('sft-crossing-0')
     assert work(tmp_path / 'none', fast / 'cache', replace(FAST, rates=(1e-4, 1e-3)), only=lambda arm, pair, seed: (arm, pair, seed) == ('sft', 'crossing', 0)) == 1
 
 
