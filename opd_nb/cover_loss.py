@@ -53,8 +53,8 @@ def cell(
     s, t = px.student, px.teacher
     text = known + t.keys[w][len(written):]
     more = [e for e in range(*s.between(text)) if len(s.keys[e]) > len(text) and t.prefix_of(written + s.keys[e][len(known):]) == w]
-    least = s.prefix_of(text)
-    return (*([least] if least >= 0 else []), *more) if more else None
+    alone = s.prefix_of(text)
+    return (*([alone] if alone >= 0 else []), *more) if more else None
 
 # %% ../nbs/04_cover_loss.ipynb #c015
 def longer(
@@ -115,7 +115,10 @@ def upcoming(
 ) -> list:             # see `Stands.ahead`
     "What the teacher wrote from here, while its next token decides about the student's."
     out, row = [], a.teacher_ends[g] // a.stride
-    while said.exact[g] and g + 1 < a.n_teacher and a.teacher_ends[g + 1] // a.stride == row and asked.onward(r := said.at(a.stride, x, a.teacher_ends[g])): out, g = [*out, r], g + 1
+    while said.exact[g] and g + 1 < a.n_teacher and a.teacher_ends[g + 1] // a.stride == row:
+        known = said.at(a.stride, x, a.teacher_ends[g])
+        if not asked.onward(known): break
+        out.append(known); g += 1
     return out
 
 # %% ../nbs/04_cover_loss.ipynb #c022
@@ -242,14 +245,14 @@ def open_cells(
         mine.update(dict.fromkeys(whole, whole))
     return {u: [sorted(x) for x in {id(x): x for x in mine.values()}.values()] for u, mine in home.items()}
 
-# %% ../nbs/04_cover_loss.ipynb #c034
+# %% ../nbs/04_cover_loss.ipynb #c035
 def anything(
     cells: dict,     # of `open_cells`; those that are met become part of this one
     way: UnderWay,
     asked: Asked,    # of the pair
     least: float,    # probability below which an ending is not looked at
 ) -> dict:           # unit -> [E + 1] bool: student events, and its stop
-    "What may follow where the token under way may be complete: one event too."
+    "What may follow where the token under way may be complete: a cell too."
     out = {}
     for u, _, c in (x for x in way.looks if x[1] == 0 and way.ended[x[0]] > least):
         mask = np.ones(len(asked.px.student) + 1, bool)
@@ -260,7 +263,7 @@ def anything(
         out[u] = mask
     return out
 
-# %% ../nbs/04_cover_loss.ipynb #c035
+# %% ../nbs/04_cover_loss.ipynb #c036
 def pooled(
     x: torch.Tensor,  # [U, E + 1] log-probabilities; of the stop, last
     cells: dict,      # of `open_cells`
@@ -280,7 +283,7 @@ def pooled(
     whole = top + torch.zeros_like(top).index_add(0, which, (part - top[which]).exp()).log()
     return x.index_put((u[which], events), x.new_tensor(-1e4)).index_put((u, events[n.cumsum(0) - n]), whole)
 
-# %% ../nbs/04_cover_loss.ipynb #c037
+# %% ../nbs/04_cover_loss.ipynb #c038
 def cover_targets(
     q: torch.Tensor,     # [M, V_t] the teacher's log-probabilities
     piece: Piece,        # with one unit for each target
@@ -306,7 +309,7 @@ def cover_targets(
     cells = open_cells(e, at, way, on, ahead, piece.teacher_ids.tolist(), asked, least)
     return t[:, :-1].clamp(min=0), (q[at] > -1e3).any(-1) & (way.reach > 1e-9), cells, anything(cells, way, asked, least)
 
-# %% ../nbs/04_cover_loss.ipynb #c043
+# %% ../nbs/04_cover_loss.ipynb #c044
 @register_loss('cover')
 def cover(
     student: Side,         # the student's positions

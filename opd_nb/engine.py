@@ -37,7 +37,7 @@ class Side:
     def take(self,
         rows,   # [M] positions
     ) -> 'Side':
-        rows = torch.as_tensor(rows, device=self.ids.device)
+        rows = torch.as_tensor(rows, dtype=torch.long, device=self.ids.device)
         some = lambda x: None if x is None else x[rows]
         return Side(self.hidden.index_select(0, rows), self.ids[rows], self.head, some(self.logprobs), some(self.weight))
 
@@ -71,7 +71,7 @@ class Listed:
     def take(self,
         rows,   # [M] positions
     ) -> 'Listed':
-        rows = torch.as_tensor(rows, device=self.ids.device)
+        rows = torch.as_tensor(rows, dtype=torch.long, device=self.ids.device)
         return replace(self, ids=self.ids[rows], logprobs=self.logprobs[rows], top_ids=self.top_ids[rows], top_logprobs=self.top_logprobs[rows])
 
     def logp(self,
