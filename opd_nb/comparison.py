@@ -13,13 +13,17 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from .types import BadInput
+
 # %% ../nbs/12_comparison.ipynb #c005
 def read_results(
     folder,     # of the laboratory's files
 ) -> dict:      # (arm, pair, seed) -> what its file says
     "All runs that are finished, in the order of their names."
-    found = [json.loads(p.read_text()) for p in sorted(Path(folder).glob('*.json'))]
-    return {(r['arm'], r['pair'], r['seed']): r for r in found}
+    def one(path):
+        try: return (r := json.loads(path.read_text()))['arm'], r['pair'], r['seed'], r
+        except (ValueError, KeyError, TypeError) as e: raise BadInput('results', str(path), 'is no result of the laboratory', 'Delete it; the laboratory makes the run again.') from e
+    return {(arm, pair, seed): r for arm, pair, seed, r in map(one, sorted(Path(folder).glob('*.json')))}
 
 # %% ../nbs/12_comparison.ipynb #c006
 def solved(

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from .alignment import Alignment
-from .engine import LossOutput, Piece, Side, inside, led, over_pieces, register_loss
+from .engine import LossOutput, Piece, Side, inside, over_pieces, register_loss
 from .losses import gkd
-from .prefix_losses import Reading, columns, marginal_jsd, reading, unsaid, writes_blanks
+from .prefix_losses import Reading, columns, governed, marginal_jsd, reading, unsaid, writes_blanks
 from .projections import Prefixes, once, prefixes
 from .vocab import VocabMap
 
@@ -38,9 +38,9 @@ def onward(
     "What the teacher's next token decides about the student's."
     s = px.student
     lo, hi = s.between(known)
-    longer = sorted((e for e in range(lo, hi) if len(s.keys[e]) > len(known)), key=lambda e: len(s.keys[e]))
-    found = {w: e for e in longer for w in range(*px.teacher.between(s.keys[e][len(known):]))}  # the longest comes last
-    return (np.fromiter(found, np.int64), np.fromiter(found.values(), np.int64), s.prefix_of(known)) if longer else None
+    reaching = sorted((e for e in range(lo, hi) if len(s.keys[e]) > len(known)), key=lambda e: len(s.keys[e]))
+    found = {w: e for e in reaching for w in range(*px.teacher.between(s.keys[e][len(known):]))}  # the longest comes last
+    return (np.fromiter(found, np.int64), np.fromiter(found.values(), np.int64), s.prefix_of(known)) if reaching else None
 
 # %% ../nbs/04_cover_loss.ipynb #c012
 def cell(
@@ -63,8 +63,8 @@ def longer(
 ) -> list:           # ranges of student events
     "The student tokens that cannot follow a teacher token: together with them it would have been another."
     rests = [px.teacher.keys[w][len(written):] for w in range(*begun(px, written)[:2])]
-    least = [r for i, r in enumerate(rests) if not i or not r.startswith(rests[i - 1])]
-    return [(lo, hi) for lo, hi in map(px.student.between, least) if lo < hi]
+    shortest = [r for i, r in enumerate(rests) if not i or not r.startswith(rests[i - 1])]
+    return [(lo, hi) for lo, hi in map(px.student.between, shortest) if lo < hi]
 
 # %% ../nbs/04_cover_loss.ipynb #c017
 class Asked:
@@ -132,20 +132,12 @@ def stands(
     back: int = 3,        # teacher tokens before the one under way that are looked at
 ) -> Stands:
     "One pass over the student's positions."
-    said, (stops, its_stops) = reading(a, student_ids, teacher_ids, vocab, asked.px), vocab.stops
-    leads = [led(torch.tensor(ids, dtype=torch.long), ends, a.stride, t) for ids, ends, t in zip((student_ids, teacher_ids), (a.student_ends, a.teacher_ends), vocab.tokens)]
-    rows, written, ahead, blank, lost = [], [], [], 0, 0
-    for p, g in enumerate(np.searchsorted(a.teacher_ends, said.start[0], side='right').tolist()):
-        x, row = int(said.start[0][p]), int(a.student_ends[p] // a.stride)
-        if g == a.n_teacher or a.teacher_ends[g] // a.stride != row: lost += 1; continue
-        k, stop, its_stop = x - said.start[1][g], student_ids[p] in stops, teacher_ids[g] in its_stops
-        if leads[0][p] != leads[1][g] or stop != its_stop or (k and (stop or not said.exact[g])): lost += 1
-        elif not blanks and said.wrote[p] and not said.wrote[p].strip(b' \t'): blank += 1
-        else:
-            written.append(behind(said, a, asked, g, x, back)); ahead.append(upcoming(said, a, asked, g, x))
-            rows.append((p, g - len(written[-1]) + 1, g + len(ahead[-1]), row))
-    p, first, last, row = (np.array(c, np.int64) for c in zip(*rows)) if rows else (np.zeros(0, np.int64),) * 4
-    return Stands(replace(a, student_start=p, student_len=np.ones_like(p), teacher_start=first, teacher_len=last - first + 1, row=row), written, ahead, blank, lost)
+    said = reading(a, student_ids, teacher_ids, vocab, asked.px)
+    found, blank, lost = governed(said, a, student_ids, teacher_ids, vocab, blanks)
+    written, ahead = ([f(said, a, asked, g, int(said.start[0][p]), *more) for p, g, _ in found] for f, more in ((behind, (back,)), (upcoming, ())))
+    p, g, row = np.array(found, np.int64).reshape(-1, 3).T
+    before, after = (np.array([len(x) for x in xs], np.int64) for xs in (written, ahead))
+    return Stands(replace(a, student_start=p, student_len=np.ones_like(p), teacher_start=g - before + 1, teacher_len=before + after, row=row), written, ahead, blank, lost)
 
 # %% ../nbs/04_cover_loss.ipynb #c025
 def path(
@@ -165,6 +157,8 @@ class UnderWay:
     looks: list             # [L] (unit, tokens back, bytes written)
     which: np.ndarray       # [F] look
     event: np.ndarray       # [F] teacher event
+    unit: torch.Tensor      # [F]
+    to: np.ndarray          # [F] student event with which its remainder begins, or -1
     p: torch.Tensor         # [F] its probability
     ended: torch.Tensor     # [U] probability that the token under way is complete; nothing is known of the next then
     boundary: torch.Tensor  # [U] probability that a token begins here, where the teacher's own does; else 0
@@ -192,7 +186,8 @@ def under_way(
     scale = 1 / (reached * total[i])
     ended = e.new_zeros(len(written)).index_put_((i[now],), (own * scale)[now])
     begins = on([not cs[0] for cs in written], dtype=torch.bool)
-    return UnderWay(looks, which, event, p * scale[which], ended, torch.where(begins, 1 / total, 0), expected * total)
+    to = asked.px.phi[asked.px.start[event] + np.array([len(c) for *_, c in looks], np.int64)[which]]
+    return UnderWay(looks, which, event, i[which], to, p * scale[which], ended, torch.where(begins, 1 / total, 0), expected * total)
 
 # %% ../nbs/04_cover_loss.ipynb #c031
 def follow_on(
@@ -267,21 +262,21 @@ def anything(
 def pooled(
     x: torch.Tensor,  # [U, E + 1] log-probabilities; of the stop, last
     cells: dict,      # of `open_cells`
-    anything: dict = {}, # see there
+    whole: dict = {}, # of `anything`
 ) -> torch.Tensor:    # [U, E + 1] the first of a cell, or the stop, has the probability of all, the others none
     "Make one event of the tokens of each cell."
-    if anything:
-        u, mask = torch.tensor(list(anything), device=x.device), torch.as_tensor(np.stack(list(anything.values())), device=x.device)
-        whole = x[u].masked_fill(~mask, -1e4).logsumexp(-1, keepdim=True)
-        x = x.index_copy(0, u, torch.cat([x[u].masked_fill(mask, -1e4)[:, :-1], whole], 1))
+    if whole:
+        u, mask = torch.tensor(list(whole), device=x.device), torch.as_tensor(np.stack(list(whole.values())), device=x.device)
+        stop = x[u].masked_fill(~mask, -1e4).logsumexp(-1, keepdim=True)
+        x = x.index_copy(0, u, torch.cat([x[u].masked_fill(mask, -1e4)[:, :-1], stop], 1))
     flat = [(u, cell) for u, of in cells.items() for cell in of]
     if not flat: return x
     u, n = (torch.tensor(k, device=x.device) for k in ([u for u, _ in flat], [len(cell) for _, cell in flat]))
     which, events = torch.arange(len(n), device=x.device).repeat_interleave(n), torch.as_tensor(np.concatenate([cell for _, cell in flat]), device=x.device)
     part = x[u[which], events].clamp(min=-1e4)
     top = part.new_full((len(n),), -1e4).scatter_reduce(0, which, part.detach(), 'amax')
-    whole = top + torch.zeros_like(top).index_add(0, which, (part - top[which]).exp()).log()
-    return x.index_put((u[which], events), x.new_tensor(-1e4)).index_put((u, events[n.cumsum(0) - n]), whole)
+    all_of_it = top + torch.zeros_like(top).index_add(0, which, (part - top[which]).exp()).log()
+    return x.index_put((u[which], events), x.new_tensor(-1e4)).index_put((u, events[n.cumsum(0) - n]), all_of_it)
 
 # %% ../nbs/04_cover_loss.ipynb #c038
 def cover_targets(
@@ -302,9 +297,7 @@ def cover_targets(
     t[starts] = t[starts].index_add(1, columns(px.phi[px.start[:-1]], n, q.device), e[at[starts]] * way.boundary[starts, None])
     t[:, n] = q[at][:, list(teacher_stops)].exp().sum(-1) * way.boundary + torch.where(way.ended > least, way.ended, 0)
     t[:, n + 1] = torch.where(way.ended > least, 0, way.ended)
-    unit, gone = (np.array([x[k] for x in way.looks], np.int64)[way.which] for k in (0, 1)) if way.looks else (np.zeros(0, np.int64),) * 2
-    rest = px.phi[px.start[way.event] + np.array([len(c) for *_, c in way.looks], np.int64)[way.which]] if way.looks else gone
-    t.index_put_((torch.as_tensor(unit, device=q.device), columns(rest, n, q.device)), way.p, accumulate=True)
+    t.index_put_((way.unit, columns(way.to, n, q.device)), way.p, accumulate=True)
     on = follow_on(t, e, realised, at, way.reach, ahead, asked)
     cells = open_cells(e, at, way, on, ahead, piece.teacher_ids.tolist(), asked, least)
     return t[:, :-1].clamp(min=0), (q[at] > -1e3).any(-1) & (way.reach > 1e-9), cells, anything(cells, way, asked, least)

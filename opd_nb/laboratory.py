@@ -129,8 +129,7 @@ def checked(
     puzzles: list,  # of `Conversation`
 ) -> str:           # '1' for each solved, '0' for each other
     "Which puzzles a model solves, greedily."
-    right = accuracy(lm, puzzles, lambda c, text: verify(c.metadata['numbers'], c.metadata['target'], text), max_new_tokens=32).right
-    return ''.join(str(int(x)) for x in right)
+    return ''.join(str(int(x)) for x in accuracy(lm, puzzles, lambda c, text: verify(c.metadata['numbers'], c.metadata['target'], text), max_new_tokens=32).right)
 
 # %% ../nbs/12_laboratory.ipynb #c015
 @torch.no_grad()
@@ -247,8 +246,8 @@ def reference(
 ) -> dict:           # what its file says
     "What an untrained student or the teacher solves, and how alike their tokenizers are."
     lm = LM.load('tiny:teacher' if name == 'teacher' else str(body(name, cache, budget.course)), device='cpu')
-    alike = {} if name == 'teacher' else likeness(lm.codec.bytes, teachers_own())
-    return dict(arm='before', pair=name, seed=0, budget=asdict(budget), solved=checked(lm, asked_of(0, budget)), weights=lm.model.num_parameters(), likeness=alike, **where())
+    return dict(arm='before', pair=name, seed=0, budget=asdict(budget), solved=checked(lm, asked_of(0, budget)), weights=lm.model.num_parameters(),
+                likeness={} if name == 'teacher' else likeness(lm.codec.bytes, teachers_own()), **where())
 
 # %% ../nbs/12_laboratory.ipynb #c030
 def file_of(
@@ -310,18 +309,21 @@ def work(
     folder, cache, end = Path(folder), Path(cache), time.time() + hours * 3600
     folder.mkdir(parents=True, exist_ok=True); cache.mkdir(parents=True, exist_ok=True)
     left = lambda: [r for r in queue(budget) if (only is None or only(*r)) and not file_of(folder, r).exists()]
-    for run in left():
-        if time.time() > end: break
-        try:
-            with FileLock(cache / f'{folder.name}-{file_of(folder, run).name}.lock', timeout=0):
-                if file_of(folder, run).exists(): continue
-                start, result = time.time(), make(run, folder, cache, budget, trials)
-                if result is None: continue
-                part = file_of(folder, run).with_suffix('.part')
-                part.write_text(json.dumps(result, indent=1) + '\n')
-                os.replace(part, file_of(folder, run))
-        except Timeout: continue  # another is at it
-        tell(f"{'-'.join(map(str, run))}: {time.time() - start:.0f} s, {len(left())} left")
+    made = True
+    while made:  # again, for runs whose rate was not known when it was their turn
+        made = False
+        for run in left():
+            if time.time() > end: return len(left())
+            try:
+                with FileLock(cache / f'{folder.name}-{file_of(folder, run).name}.lock', timeout=0):
+                    if file_of(folder, run).exists(): continue
+                    start, result = time.time(), make(run, folder, cache, budget, trials)
+                    if result is None: continue
+                    (part := file_of(folder, run).with_suffix('.part')).write_text(json.dumps(result, indent=1) + '\n')
+                    os.replace(part, file_of(folder, run))
+            except Timeout: continue  # another is at it
+            made = True
+            tell(f"{'-'.join(map(str, run))}: {time.time() - start:.0f} s, {len(left())} left")
     return len(left())
 
 # %% ../nbs/12_laboratory.ipynb #c039
@@ -339,8 +341,7 @@ def main(
     say = lambda line: print(line, flush=True)
     if a.long:
         arms = ['before', *a.long.split(',')]
-        for arm in arms[1:]:
-            if arm not in ARMS: raise unknown('arm', arm, ARMS)
+        if other := set(arms) - {'before', *ARMS}: raise unknown('arm', min(other), ARMS)
         left = work(f'{a.folder}-long', a.cache, LONG, a.hours, lambda arm, pair, seed: arm in arms and pair in ('crossing', 'teacher'), say, a.folder)
     else: left = work(a.folder, a.cache, FAST if a.fast else Budget(), a.hours, tell=say)
     print(f'{left} runs left')

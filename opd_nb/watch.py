@@ -108,7 +108,7 @@ def falling_overlap(now, start):
     return now['overlap'] < .7 * start['overlap']
 
 # %% ../nbs/08_watch.ipynb #c025
-@rule('coverage', remedy='Lower --learning-rate (it is {learning_rate:g}); look at samples of the rollouts; with clean text, use a loss that works across unlike cuts (--loss bpm, escd or alm).')
+@rule('coverage', remedy='Lower --learning-rate (it is {learning_rate:g}); look at samples of the rollouts; with clean text, use a loss that works across unlike cuts (--loss cover; bpm if the teacher only lists tokens).')
 def falling_coverage(now, start):
     "The two tokenizers cut the student's text at ever fewer common places, as they do with broken characters and noise; less of it is compared."
     return now['coverage'] < .75 * start['coverage']
