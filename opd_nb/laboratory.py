@@ -278,8 +278,8 @@ def queue(
     families = dict.fromkeys(a.family for a in ARMS.values()) if len(budget.rates) > 1 else ()
     trials = [(f'{f}@{rate:g}', *TRIAL[:2]) for f in families for rate in budget.rates]
     ends = [('before', name, 0) for name in ('teacher', *reversed(PAIRS))]
-    most = [(arm, 'crossing', seed) for seed in seeds for arm in MAIN]
-    return list(dict.fromkeys(trials + ends + most + [(arm, pair, seed) for pair in reversed(PAIRS) for seed in seeds for arm, a in ARMS.items() if pair in a.pairs]))
+    every = [(arm, pair, seed) for seed in seeds for pair in reversed(PAIRS) for arm, a in ARMS.items() if pair in a.pairs]
+    return list(dict.fromkeys(trials + ends + [(arm, 'crossing', seed) for seed in seeds for arm in MAIN] + [r for r in every if r[0] in MAIN] + every))
 
 # %% ../nbs/12_laboratory.ipynb #c036
 def make(
