@@ -205,13 +205,14 @@ def made_tiny(family, folder):
 @slow
 @pytest.mark.parametrize('recipe, student, teacher, words', [
     pytest.param('questions', 'qwen2', 'qwen2', ['-p', 'tasks', 'arc_easy_local,hellaswag_local,truthfulqa_mc2_local'], id='questions'),
-    pytest.param('gold-llama', 'llama', 'qwen3', ['-p', 'methods', 'grpo,gold_trl,bpm'], id='gold-llama')])
+    pytest.param('same-qwen', 'qwen2', 'qwen2', [], id='same-qwen'),
+    pytest.param('gold-llama', 'llama', 'qwen3', ['-p', 'methods', 'grpo,gold_trl,cover'], id='gold-llama')])
 def test_recipe_at_tiny_size(tmp_path, monkeypatch, recipe, student, teacher, words):
     "The full-size recipes, on random models of their families."
     monkeypatch.setenv('OPD_REAL_DATA', str(real('benchmarks').parent))
     models = [made_tiny(f, tmp_path / side) for f, side in ((student, 'students'), (teacher, 'teachers'))]
     papermill(tmp_path, '-p', 'recipe', recipe, '-p', 'student', models[0], '-p', 'teacher', models[1], '-p', 'max_steps', '1', '-p', 'max_new_tokens', '6', '-p', 'eval_max_samples', '3', *words)
     done = {p.parent.name for p in (tmp_path / recipe).glob('*/final')}
-    assert done == dict(questions={'sft', 'distilled'}).get(recipe, {'grpo', 'gold_trl', 'bpm'})
+    assert done == {'questions': {'sft', 'distilled'}, 'same-qwen': {'sft', 'grpo', 'gkd'}, 'gold-llama': {'grpo', 'gold_trl', 'cover'}}[recipe]
     shown = json.dumps(json.loads((tmp_path / 'out.ipynb').read_text()))
     assert all(name in shown for name in ['base', *done])
