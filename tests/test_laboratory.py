@@ -17,7 +17,8 @@ from opd_nb.baselines import group_advantages, grpo_loss
 from opd_nb.comparison import compare, read_results
 from opd_nb.data import save_conversations
 from opd_nb.engine import Side
-from opd_nb.laboratory import ARMS, FAST, work
+from opd_nb.experiment import ARMS, FAST
+from opd_nb.laboratory import work
 from opd_nb.models import LM
 from opd_nb.peers import gold_trl
 from opd_nb.types import Head
