@@ -80,7 +80,7 @@ class Budget:
     prompts: int = 12_000    # to train on
     marks: int = 6           # readings on the way to each of the two budgets
     course: int | None = None # steps of the student's course; its own if not set
-    rates: tuple = (1e-4, 3e-4, 1e-3) # learning rates of AdamW that are tried
+    rates: tuple = (3e-5, 1e-4, 3e-4, 1e-3) # learning rates of AdamW that are tried
 
 # %% ../nbs/12_experiment.ipynb #e001
 FAST = Budget(tokens=1500, seconds=1.5, batch=8, puzzles=24, prompts=48, marks=2, course=20, rates=(1e-3,))  # tries the machinery, says nothing
