@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'FAST', 'TRIAL', 'LAST', 'Arm', 'on_policy', 'Budget', 'answered', 'Timed', 'checked', 'judged', 'follow',
-           'asked_of', 'Meter', 'split', 'settings_of', 'experiment', 'where', 'reference']
+           'puzzle_of', 'asked_of', 'Meter', 'split', 'settings_of', 'experiment', 'short_hash', 'where', 'reference']
 
 # %% ../nbs/12_experiment.ipynb #c003
-import json, platform, time
+import hashlib, json, platform, time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -48,21 +48,23 @@ def on_policy(
 # %% ../nbs/12_experiment.ipynb #c006c
 ARMS = dict(
     sft=Arm(dict(method='sft'), 'sft'),
-    kd=Arm(dict(method='kd', loss='cover'), 'cover'),
+    kd=Arm(dict(method='kd', loss='cover'), 'kd'),
     grpo=Arm(dict(method='grpo', num_generations=8), 'grpo'),
     gold_trl=on_policy('gold_trl', loss='gold_trl', beta=.5),
     uld=on_policy('uld', loss='uld'),
     cover=on_policy('cover', loss='cover'),
-    bpm=on_policy('cover', loss='bpm'),
+    bpm=on_policy('bpm', loss='bpm'),
     gold=on_policy('gold_trl', loss='gold', beta=.5),
-    strict=on_policy('cover', loss='strict'),
-    escd=on_policy('cover', loss='escd'),
-    xtoken=on_policy('cover', loss='xtoken'),
+    strict=on_policy('strict', loss='strict'),
+    escd=on_policy('escd', loss='escd'),
+    xtoken=on_policy('xtoken', loss='xtoken'),
     alm=on_policy('alm', loss='alm'),
     pg=on_policy('pg', loss='pg', temperature=1.),
     sft_few=Arm(dict(method='sft'), 'sft', ('crossing',), 500),
-    kd_few=Arm(dict(method='kd', loss='cover'), 'cover', ('crossing',), 500),
+    kd_few=Arm(dict(method='kd', loss='cover'), 'kd', ('crossing',), 500),
     cover_few=on_policy('cover', ('crossing',), prompts=500, loss='cover'),
+    gold_default=on_policy('gold_default', ('crossing',), temperature=.9, top_p=.95, loss='gold_trl', beta=.5, lam=.5),
+    uld_sft=Arm(dict(method='kd', loss='uld', lambda_sft=1.), 'uld_sft', ('crossing',)),
     gkd=on_policy('cover', ('same',), loss='gkd'),
     half=on_policy('cover', ('crossing',), loss='cover', lam=.5),
     warm=on_policy('cover', ('crossing',), loss='cover', temperature=1.),
@@ -155,13 +157,23 @@ def follow(
     "Move the average toward the present weights. Of the first twenty steps it is the mean, later it reaches back over the last tenth or so."
     for a, w in zip(average, model.parameters()): a.lerp_(w, 1 / max(min(step, 20), LAST * step))
 
+# %% ../nbs/12_experiment.ipynb #c019a
+def puzzle_of(
+    c: Conversation,  # of `draw`
+) -> tuple:           # numbers in order, target
+    "Which puzzle this is, however its numbers are shown."
+    return tuple(sorted(c.metadata['numbers'])), c.metadata['target']
+
 # %% ../nbs/12_experiment.ipynb #c019
 def asked_of(
     seed: int,       # of a run
     budget: Budget,  # how many
 ) -> list:           # of `Conversation`
-    "The puzzles a run is judged by: held-out ones, or, in trials of learning rates, others."
-    return draw(budget.puzzles, seed, split='train') if seed == TRIAL[1] else draw(budget.puzzles, 0, split='held_out')
+    "The held-out puzzles a run is judged by; trials of learning rates are judged by others, held out as well."
+    asked = draw(budget.puzzles, 0, split='held_out')
+    if seed != TRIAL[1]: return asked
+    seen = {puzzle_of(c) for c in asked}
+    return [c for c in draw(3 * budget.puzzles, seed, split='held_out') if puzzle_of(c) not in seen][:budget.puzzles]
 
 # %% ../nbs/12_experiment.ipynb #c021
 class Meter:
@@ -190,12 +202,13 @@ class Meter:
     def read(self,
         due: list,       # of `add`
         solved: str,     # see `checked`
+        cut: bool = False, # it is the last one, whatever is spent
         **figures,       # to be noted beside it
     ):
         "A reading; the one that completes a budget is kept puzzle by puzzle."
         self.marks.append(dict(tokens=self.done['tokens'], seconds=round(self.done['seconds'], 1), right=solved.count('1'), **figures))
         for k in due:
-            if self.done[k] >= getattr(self.budget, k): self.at[k] = dict(self.marks[-1], solved=solved, spent={n: round(x, 2) for n, x in self.spent.items()})
+            if cut or self.done[k] >= getattr(self.budget, k): self.at[k] = dict(self.marks[-1], solved=solved, spent={n: round(x, 2) for n, x in self.spent.items()}, cut=cut)
             else: self.due[k] = self.size(k) * (self.done[k] // self.size(k) + 1)
 
 # %% ../nbs/12_experiment.ipynb #e006
@@ -208,7 +221,7 @@ def split(
 ) -> tuple:             # seconds of rollouts, of the teacher, of the student
     "Who a step was paid for."
     read = answers * {'sft': 1, 'kd': 1, 'grpo': 0}.get(config.method, 1 - config.lam)
-    writing = (took - asked) * figures['seconds_writing'] / max(figures['seconds'], 1e-9) if config.method in ('opd', 'grpo') else 0.
+    writing = took * figures['seconds_writing'] / max(figures['seconds'], 1e-9) if config.method in ('opd', 'grpo') else 0.
     return writing, asked + read, took - asked - writing
 
 # %% ../nbs/12_experiment.ipynb #e009
@@ -243,6 +256,7 @@ def experiment(
     config = settings_of(arm, body(pair, cache, budget.course), data, seed, rate, budget.batch)
     run, puzzles, meter, wall = prepare(config, timed := Timed(teacher)), asked_of(seed, budget), Meter(budget), time.perf_counter()
     run.vocab = None  # no vocabulary, no health figures; the loss has its own
+    noted = lambda run, f: dict(step=run.step, loss=round(f['loss'], 4), length=round(f['length'], 2))
     average = [w.detach().clone() for w in run.student.model.parameters()]
     while len(meter.at) < 2 and meter.done['seconds'] < 4 * budget.seconds:
         start, before = time.thread_time(), timed.seconds
@@ -250,15 +264,27 @@ def experiment(
         took, asked = time.thread_time() - start, timed.seconds - before
         follow(average, run.student.model, run.step)
         if due := meter.add(round(f['length'] * budget.batch), *split(f, config, took, asked, each * budget.batch * (run.step * budget.batch <= prompts))):
-            meter.read(due, judged(run, average, puzzles), step=run.step, loss=round(f['loss'], 4), length=round(f['length'], 2))
-    return dict(arm=arm, pair=pair, seed=seed, budget=asdict(budget), settings=dict(learning_rate=rate) | ARMS[arm].settings, steps=run.step, marks=meter.marks, at=meter.at, wall=round(time.perf_counter() - wall, 1), **where())
+            meter.read(due, judged(run, average, puzzles), **noted(run, f))
+    if short := [k for k in meter.done if k not in meter.at]: meter.read(short, judged(run, average, puzzles), cut=True, **noted(run, f))
+    return dict(arm=arm, pair=pair, seed=seed, budget=asdict(budget), settings=dict(learning_rate=rate) | ARMS[arm].settings, steps=run.step, marks=meter.marks, at=meter.at, wall=round(time.perf_counter() - wall, 1), **where(config.student))
+
+# %% ../nbs/12_experiment.ipynb #e017
+def short_hash(
+    paths: list,   # files
+) -> str:          # of what is in them
+    "A name for the contents of some files."
+    return hashlib.sha256(b''.join(Path(p).read_bytes() for p in paths)).hexdigest()[:12]
 
 # %% ../nbs/12_experiment.ipynb #c025
-def where() -> dict:
+def where(
+    student,    # folder of the student before the run; nothing if there is none
+) -> dict:
     "What a run's figures may depend on beside its settings."
     import transformers
-    from opd_nb import __version__
-    return dict(versions=dict(opd_nb=__version__, python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__))
+    import opd_nb
+    own = sorted(Path(opd_nb.__file__).parent.glob('*.py'))
+    return dict(versions=dict(opd_nb=opd_nb.__version__, code=short_hash(own), python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__),
+                student=short_hash(sorted(Path(student).glob('*.safetensors'))) if student else '')
 
 # %% ../nbs/12_experiment.ipynb #c027
 def reference(
@@ -267,6 +293,8 @@ def reference(
     cache: Path,     # where bodies are kept
 ) -> dict:           # what its file says
     "What an untrained student or the teacher solves, and how alike their tokenizers are."
-    lm = LM.load('tiny:teacher' if name == 'teacher' else str(body(name, cache, budget.course)), device='cpu')
+    torch.set_num_threads(1)
+    folder = '' if name == 'teacher' else str(body(name, cache, budget.course))
+    lm = LM.load(folder or 'tiny:teacher', device='cpu')
     return dict(arm='before', pair=name, seed=0, budget=asdict(budget), solved=checked(lm, asked_of(0, budget)), weights=lm.model.num_parameters(),
-                likeness={} if name == 'teacher' else likeness(lm.codec.bytes, teachers_own()), **where())
+                likeness={} if name == 'teacher' else likeness(lm.codec.bytes, teachers_own()), **where(folder))

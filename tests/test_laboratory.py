@@ -130,7 +130,7 @@ def fast(tmp_path_factory):
 
 
 def test_fast_laboratory_makes_every_arm_once(fast):
-    files = sorted((fast / 'results').glob('*'))
+    files = sorted((fast / 'results').glob('*.json'))
     assert {f.name for f in files} == {f'{a}-crossing-0.json' for a, arm in ARMS.items() if 'crossing' in arm.pairs} | {'before-crossing-0.json', 'before-teacher-0.json'}
     stamps = [f.stat().st_mtime_ns for f in files]
     (fast / 'results' / 'pg-crossing-0.part').write_text('{"cut')  # what a killed run leaves
@@ -140,13 +140,14 @@ def test_fast_laboratory_makes_every_arm_once(fast):
         if arm == 'before': continue
         assert r['at']['tokens']['tokens'] >= FAST.tokens and r['at']['seconds']['seconds'] >= FAST.seconds
         assert all(m['loss'] == m['loss'] for m in r['marks']) and sum(r['at']['tokens']['spent'].values()) == pytest.approx(r['at']['tokens']['seconds'], abs=.2)
+        assert not r['at']['tokens']['cut'] and r['student'] and r['student'] == json.loads((fast / 'results' / 'before-crossing-0.json').read_text())['student']
 
 
 def test_two_workers_share_a_folder(fast, tmp_path):
     "A run that another worker is at is left to it; so is one whose learning rate is not known yet."
     from filelock import FileLock
     pick, made = lambda arm, pair, seed: pair in ('crossing', 'teacher') and seed == 0 and arm in ('before', 'sft'), []
-    with FileLock(fast / 'cache' / f'{tmp_path.name}-sft-crossing-0.json.lock'):
+    with FileLock(tmp_path / 'sft-crossing-0.json.lock'):
         assert work(tmp_path, fast / 'cache', FAST, only=pick, tell=made.append) == 1
     assert len(made) == len(list(tmp_path.glob('*.json'))) == 2
     assert work(tmp_path, fast / 'cache', FAST, only=pick, tell=made.append) == 0 and made[-1].startswith('sft-crossing-0')
