@@ -46,11 +46,10 @@ def queue(
     seeds=(0, 1, 2),   # of each arm and pair
 ) -> list:             # (arm, pair, seed)
     "All runs, in the order in which they should be made."
-    families = dict.fromkeys(a.family for a in ARMS.values()) if len(budget.rates) > 1 else ()
-    trials = [(f'{f}@{rate:g}', *TRIAL[:2]) for f in families for rate in budget.rates]
+    def trials(arms): return [(f'{f}@{rate:g}', *TRIAL[:2]) for f in dict.fromkeys(ARMS[a].family for a in arms) for rate in budget.rates if len(budget.rates) > 1]
     ends = [('before', name, 0) for name in ('teacher', *reversed(PAIRS))]
     every = [(arm, pair, seed) for seed in seeds for pair in reversed(PAIRS) for arm, a in ARMS.items() if pair in a.pairs]
-    return list(dict.fromkeys(trials + ends + [(arm, 'crossing', seed) for seed in seeds for arm in MAIN] + [r for r in every if r[0] in MAIN] + every))
+    return list(dict.fromkeys(ends + trials(MAIN) + [(arm, 'crossing', seed) for seed in seeds for arm in MAIN] + [r for r in every if r[0] in MAIN] + trials(ARMS) + every))
 
 # %% ../nbs/12_laboratory.ipynb #c036
 def make(
