@@ -174,6 +174,7 @@ def plot_curves(
     "Accuracy over the budget: the mean over seeds, and the range of them. Returns the axes."
     import matplotlib.pyplot as plt
     if ax is None: _, ax = plt.subplots(figsize=(6.5, 4), layout='constrained')
+    scale, unit = dict(tokens=(1000, 'thousand student tokens'), seconds=(1, 'seconds of one core'))[over]
     start = solved(results['before', pair, 0])
     arms = dict.fromkeys(a for a, p, _ in results if p == pair and a != 'before' and '@' not in a)
     for arm, (colour, dashes) in zip(arms, STYLES):
@@ -181,11 +182,12 @@ def plot_curves(
         lines = [np.array([(0, start.sum()), *sorted((m[over], m['right']) for m in r['marks'])]).T for r in runs]
         x = np.linspace(0, min(line[0, -1] for line in lines), 1 + min(len(r['marks']) for r in runs))
         y = np.stack([np.interp(x, *line) for line in lines]) / len(start) * 100
+        x = x / scale
         ax.plot(x, y.mean(0), dashes, color=colour, lw=1.4, marker='.', ms=4, label=arm)
         ax.fill_between(x, y.min(0), y.max(0), color=colour, alpha=.12, lw=0)
     if ('before', 'teacher', 0) in results: ax.axhline(solved(results['before', 'teacher', 0]).mean() * 100, c='#888', lw=.8, ls=':', label='teacher')
-    if (end := next((r['budget'][over] for (a, p, _), r in results.items() if p == pair and over in r.get('budget', {})), None)): ax.axvline(end, c='#ccc', lw=.8)
-    ax.set(title=pair, xlabel={'tokens': 'student tokens', 'seconds': 'seconds of one core'}[over], ylabel='solved, %', ylim=(0, None))
+    if (end := next((r['budget'][over] for (a, p, _), r in results.items() if p == pair and over in r.get('budget', {})), None)): ax.axvline(end / scale, c='#ccc', lw=.8)
+    ax.set(title=pair, xlabel=unit, ylabel='solved, %', ylim=(0, None))
     ax.spines[['top', 'right']].set_visible(False); ax.legend(fontsize=7, ncols=2, frameon=False)
     return ax
 
