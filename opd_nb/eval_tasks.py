@@ -4,20 +4,23 @@
 
 # %% auto #0
 __all__ = ['FIGURES', 'SHIPPED', 'TASKS', 'ELSEWHERE', 'as_choices', 'without_marks', 'right_mass', 'find_file', 'question_rows',
-           'local_task', 'answer_task', 'own_data', 'load_judge', 'register_task', 'maker', 'harness_names',
-           'Unavailable', 'hub_tasks', 'tasks_for']
+           'described', 'notes_on', 'local_task', 'answer_task', 'own_data', 'load_judge', 'register_task', 'maker',
+           'harness_names', 'Unavailable', 'hub_tasks', 'tasks_for']
 
 # %% ../nbs/10_tasks.ipynb #c003
+import hashlib
 import importlib
 import json
 import os
 import re
+from dataclasses import replace
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 
 import yaml
 
+from . import answers
 from .answers import REFERENCE_MARKS, answer
 from .data import READERS, load_conversations, read_rows
 from .harness import Options, Task, content_hash, lm_eval_task, need_lm_eval, quiet
@@ -40,6 +43,7 @@ def as_choices(
     elif isinstance(given, dict): texts, right = list(given), [i for i, x in enumerate(given.values()) if x]
     else: texts, right = list(given), [int(right)]
     question = question.removeprefix('Question: ')
+    if lower.get('ctx_b'): question = f"{lower['ctx_a']} {lower['ctx_b'].capitalize()}"  # as lm-eval puts the two together
     if 'activity_label' in lower: question = f"{lower['activity_label']}: {question}"
     return dict(question=question, choices=texts, labels=[int(i in right) for i in range(len(texts))])
 
@@ -76,6 +80,7 @@ def find_file(
     folder = Path(os.environ['OPD_REAL_DATA']) / 'benchmarks' if options.data == Options.data and os.environ.get('OPD_REAL_DATA') else options.data
     found = [Path(given)] if given else sorted(p for p in folder.glob(f'{near}*') if p.suffix in READERS) if folder.is_dir() else []
     exact = [p for p in found if p.stem == near] or found
+    if len(exact) > 1: raise BadInput('tasks', name, f'could mean several files in {folder}: {", ".join(p.name for p in exact)}', f'Name the one to ask: {name}=FILE.')
     if exact and exact[0].is_file(): return exact[0]
     raise BadInput('tasks', name, f'needs a file with its questions, and {given or folder / wanted} is not there', f'Put {wanted} into {folder}, name the folder (--data DIR), or the file: {name}=FILE.')
 
@@ -93,6 +98,24 @@ def question_rows(
     clean = without_marks if local.get('without_marks') else str
     return [r | dict(question=clean(r['question']), choices=[clean(c) for c in r['choices']]) for r in out]
 
+# %% ../nbs/10_tasks.ipynb #k001
+def described(
+    path: Path,     # a file with questions
+    n: int,         # of them
+) -> str:
+    "Which file it was, for somebody who wants to repeat it."
+    return f'{path.name}, {n} questions, SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}'
+
+# %% ../nbs/10_tasks.ipynb #k002
+def notes_on(
+    name: str,      # of a shipped task file
+    path: Path,     # its questions
+    local: dict,    # `local` of the task file: note, heading
+) -> tuple:         # of sentences
+    "What a reader of a local task's figures has to know."
+    lacks = local.get('heading') and local['heading'] not in path.read_text(encoding='utf-8')
+    return tuple(f'{name}: {x}' for x in (local.get('note'), lacks and f"{path.name} has no {local['heading']}, so its questions lack the heading that lm-eval puts first; figures are not comparable with published ones.") if x)
+
 # %% ../nbs/10_tasks.ipynb #c018
 def local_task(
     name: str,          # of a shipped task file
@@ -102,7 +125,8 @@ def local_task(
     "A task of lm-eval's kind with questions from this machine."
     config = yaml.safe_load(SHIPPED[name].read_text(encoding='utf-8'))
     local = config.pop('local')
-    rows = question_rows(find_file(name, local['file'], given, options), local)
+    path = find_file(name, local['file'], given, options)
+    rows = question_rows(path, local)
     shots = config.get('num_fewshot', 0) if options.fewshot is None or config.get('num_fewshot') == 0 else options.fewshot
     if len(rows) <= shots: raise BadInput('fewshot', shots, f'leaves nothing to ask: {name} has {len(rows)} questions', 'Use fewer examples.')
     lm_eval, examples, asked = need_lm_eval(), rows[:shots], rows[shots:][:options.limit]
@@ -111,7 +135,7 @@ def local_task(
     config |= dict(custom_dataset=lambda **_: parts, test_split='test', num_fewshot=shots) | (dict(fewshot_split='few', fewshot_config=dict(sampler='first_n')) if shots else {})
     if 'figure' in local: config['process_results'] = FIGURES[local['figure']]
     with quiet(): loaded = lm_eval.tasks.TaskManager(include_defaults=False).load([config])['tasks'][name]
-    return lm_eval_task(loaded, options, dict(examples=examples))
+    return replace(lm_eval_task(loaded, options, dict(examples=examples)), source=described(path, len(rows)), notes=notes_on(name, path, local))
 
 # %% ../nbs/10_tasks.ipynb #c021
 def answer_task(
@@ -148,7 +172,8 @@ def own_data(
     bare = [i for i, c in enumerate(rows, 1) if not c.has_reference]
     if bare and not judged: raise BadInput('tasks', str(path), f'must have reference answers, but {len(bare)} of {len(rows)} rows have none, the first is row {bare[0]}', 'Add answers, or name a judge: --judge api:URL#MODEL.')
     marks = ({} if bare else dict(REFERENCE_MARKS)) | (dict(judge=judged) if judged else {})
-    return answer_task(Path(path).stem, rows, marks, 'judge' if judged else 'rougeL', options, dict(judge=who))
+    task = answer_task(Path(path).stem, rows, marks, 'judge' if judged else 'rougeL', options, dict(judge=who, marking=content_hash(Path(answers.__file__).read_text(encoding='utf-8'))))
+    return replace(task, source=described(Path(path), len(rows)))
 
 # %% ../nbs/10_tasks.ipynb #c025
 def load_judge(
@@ -204,7 +229,8 @@ def hub_tasks(
     except ImportError as e: raise Unavailable('task', name, f'needs a package that is not here ({e.name})', 'pip install "opd_nb[eval]"') from None
     except Exception as e:  # network, permission, format: all come out of there
         raise Unavailable('task', name, f'could not be loaded from the Hub ({type(e).__name__}: {(str(e).strip() or "no reason given").splitlines()[0][:160]})', f'Check the network, and HF_TOKEN for gated data. {remedy}') from None
-    return [lm_eval_task(t, options) for t in found.values()]
+    try: return [lm_eval_task(t, options) for t in found.values()]
+    except BadInput as e: raise Unavailable(*e.args) from None
 
 # %% ../nbs/10_tasks.ipynb #c032
 def tasks_for(

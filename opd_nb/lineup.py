@@ -9,7 +9,7 @@ __all__ = ['Entry', 'is_run', 'of_run', 'lineup', 'lineup_of', 'content_key']
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -26,6 +26,11 @@ class Entry:
     name: str              # in tables and pictures
     spec: str              # see `model_path`
     step: int | None = None  # of the run, if it has one
+    run: str = ''          # which run, if several are compared
+    loading: dict = field(default_factory=dict)  # of `LM.load`: template, revision, trust_remote_code
+
+    @property
+    def checkpoint(self) -> bool: return bool(re.search(r'(^|-)step-\d+$', self.name))
 
 def is_run(
     path: str,   # a spec
@@ -36,14 +41,18 @@ def is_run(
 # %% ../nbs/10_lineup.ipynb #c007
 def of_run(
     folder: Path,   # of a training run
+    run: str = '',  # goes before each name
 ) -> list:          # of `Entry`: base, each step-N, best, final
     "The students that a run left behind, with the one it began with."
     folder = Path(folder).expanduser()
     steps = [json.loads(line)['step'] for line in (folder / 'log.jsonl').read_text().splitlines() if '"step"' in line and line.endswith('}')]
     saved = {p.name: p for p in folder.iterdir() if (p / 'config.json').is_file() or (p / 'adapter_config.json').is_file()}
     numbered = sorted((int(m[1]), p) for n, p in saved.items() if (m := re.fullmatch(r'step-(\d+)', n)))
-    out = [Entry('base', yaml.safe_load((folder / 'config.yaml').read_text())['student'], 0)] + [Entry(p.name, str(p), n) for n, p in numbered]
-    out += [Entry(n, str(saved[n]), max(steps, default=None) if n == 'final' else None) for n in ('best', 'final') if n in saved]
+    config, named = yaml.safe_load((folder / 'config.yaml').read_text()), f'{run}-' if run else ''
+    given = {k: config[k] for k in ('template', 'revision', 'trust_remote_code') if config.get(k)}
+    out = [Entry(named + 'base', config['student'], 0, run, given)] + [Entry(named + p.name, str(p), n, run) for n, p in numbered]
+    out += [Entry(named + n, str(saved[n]), max(steps, default=None) if n == 'final' else None, run) for n in ('best', 'final') if n in saved]
+    out[1:] = [replace(e, loading={k: v for k, v in given.items() if k == 'trust_remote_code'}) for e in out[1:]]
     if len(out) == 1: raise BadInput('models', str(folder), 'holds no student yet', 'Wait for the first checkpoint, or train with a smaller --save-every.')
     return out
 
@@ -55,10 +64,13 @@ def lineup(
     pairs = list(models.items()) if isinstance(models, dict) else [re.fullmatch(r'(?:([\w.-]+)=)?(.+)', m).groups() for m in models]
     out = []
     for name, spec in pairs:
-        if is_run(spec): out += [e for e in of_run(spec) if e.name not in {o.name for o in out}]
-        else: model_path(spec, 'models'); out.append(Entry(name or Path(spec.partition(':')[2] or spec).name, spec, 0 if name == 'base' else None))
+        for e in of_run(spec, name or '') if is_run(spec) else ():
+            there = next((o for o in out if o.spec == e.spec), None)
+            if there: out[out.index(there)] = replace(there, loading=e.loading)  # named already, as a base or as a student of the run
+            elif e.name != 'base' or 'base' not in dict(pairs): out.append(e)
+        if not is_run(spec): model_path(spec, 'models'); out.append(Entry(name or Path(spec.partition(':')[2] or spec).name, spec, 0 if name == 'base' else None))
     twice = [e.name for e in out if [o.name for o in out].count(e.name) > 1]
-    if twice: raise BadInput('models', twice[0], 'names two models', 'Give each a name of its own: NAME=SPEC.')
+    if twice: raise BadInput('models', twice[0], 'names two models', 'Give each a name of its own: NAME=SPEC, or NAME=FOLDER for the students of a run.')
     if not out: raise BadInput('models', models, 'must name at least one', 'Use --models base=tiny:student best=runs/opd/best, or the folder of a run.')
     return out
 
@@ -69,7 +81,7 @@ def lineup_of(
     "The models that the settings name: base, sft and what was distilled."
     models = dict(base=config.base_model or config.student) | (dict(sft=config.sft_model) if config.sft_model else {})
     if not config.kd_model and not config.sft_model: raise BadInput('models', None, 'must say whom to compare with the base', 'Use --models NAME=SPEC ..., or set KD_MODEL_PATH to a student or to the folder of a run.')
-    return lineup(models | (dict(kd=config.kd_model) if config.kd_model else {}))
+    return lineup(models | ({'' if is_run(config.kd_model) else 'kd': config.kd_model} if config.kd_model else {}))
 
 # %% ../nbs/10_lineup.ipynb #c014
 def content_key(
@@ -82,4 +94,5 @@ def content_key(
         h.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     config = {k: v for k, v in lm.model.config.to_dict().items() if k not in ('_name_or_path', 'transformers_version')}
     tok = lm.codec.tok
-    return content_hash([h.hexdigest(), config, lm.model.generation_config.to_dict() | dict(transformers_version=0), json.loads(tok.backend_tokenizer.to_str()), tok.chat_template, lm.codec.stop_ids])
+    adapters = {k: {n: v for n, v in c.to_dict().items() if n not in ('base_model_name_or_path', 'inference_mode')} for k, c in getattr(lm.model, 'peft_config', {}).items()}  # their scale is nowhere else
+    return content_hash([h.hexdigest(), config, *([adapters] if adapters else []), lm.model.generation_config.to_dict() | dict(transformers_version=0), json.loads(tok.backend_tokenizer.to_str()), tok.chat_template, lm.codec.stop_ids])

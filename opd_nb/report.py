@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'METHOD', 'plot_task', 'plot_curve', 'verdict', 'side_by_side', 'summary_rows', 'without_steps',
-           'difference_rows', 'same_weights', 'page_body', 'write_reports']
+           'difference_rows', 'same_weights', 'page_body', 'no_nan', 'write_reports']
 
 # %% ../nbs/10_report.ipynb #c003
 import json
@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .compare import by_chance, mean_interval
+from .compare import mean_interval
 from .harness import Task
 from .pictures import picture, table, write_page
-from .results import Results
+from .results import Results, how_many
 
 # %% ../nbs/10_report.ipynb #c008
 COLOURS = dict(base='#a0aec0', sft='#b7791f')  # the others are blue, a teacher green
@@ -52,19 +52,23 @@ def plot_task(
 def plot_curve(
     results: Results,  # of `evaluate`
 ):                     # matplotlib figure, or None with fewer than three points
-    "Every task over the steps of a run."
+    "Every task over the steps of each run."
     import matplotlib.pyplot as plt
-    placed = sorted((e for e in results.entries if e.step is not None), key=lambda e: e.step)
-    tasks = [t for t in results.tasks if sum((e.name, t.name) in results.records for e in placed) >= 3]
+    def points(run, t):  # [(step, value, low, high)] of one run
+        placed = sorted((e for e in results.entries if e.step is not None and e.run == run and (e.name, t.name) in results.records), key=lambda e: e.step)
+        marks = [(e.step, m[~np.isnan(m)]) for e in placed for m in [results.marks(e.name, t)]]
+        return [(step, *(x * results.scale(t) for x in (m.mean(), *mean_interval(m)))) for step, m in marks if len(m)]
+    lines = {t.name: {run: p for run in dict.fromkeys(e.run for e in results.entries) if len(p := points(run, t)) >= 3} for t in results.tasks}
+    tasks = [t for t in results.tasks if lines[t.name]]
     if not tasks: return None
     fig, axes = plt.subplots(1, len(tasks), figsize=(min(12, 4.6 * len(tasks)), 3), layout='constrained', squeeze=False)
     for ax, t in zip(axes[0], tasks):
-        k = results.scale(t)
-        points = [(e.step, v.mean() * k, *(x * k for x in mean_interval(v))) for e in placed if (e.name, t.name) in results.records and len(v := results.marks(e.name, t)[~np.isnan(results.marks(e.name, t))])]
-        x, y, lo, hi = map(np.array, zip(*points))
-        ax.fill_between(x, lo, hi, color='#2b6cb0', alpha=.15, lw=0); ax.plot(x, y, 'o-', c='#2b6cb0', ms=4, lw=1.2)
-        for a, b in zip(x, y): ax.annotate(f'{b:.1f}', (a, b), (0, 6), textcoords='offset points', ha='center', fontsize=8)
-        ax.set(title=t.name, xlabel='step', ylabel=f"{t.main}{', %' if k == 100 else ''}", ylim=(0, None)); ax.spines[['top', 'right']].set_visible(False); ax.margins(y=.18)
+        for i, (run, p) in enumerate(lines[t.name].items()):
+            x, y, lo, hi = map(np.array, zip(*p))
+            ax.fill_between(x, lo, hi, color=f'C{i}', alpha=.15, lw=0); ax.plot(x, y, 'o-', c=f'C{i}', ms=4, lw=1.2, label=run or 'run')
+            for a, b in zip(x, y): ax.annotate(f'{b:.1f}', (a, b), (0, 6), textcoords='offset points', ha='center', fontsize=8)
+        if len(lines[t.name]) > 1: ax.legend(fontsize=8, frameon=False)
+        ax.set(title=t.name, xlabel='step', ylabel=f"{t.main}{', %' if results.scale(t) == 100 else ''}", ylim=(0, None)); ax.spines[['top', 'right']].set_visible(False); ax.margins(y=.18)
     return fig
 
 # %% ../nbs/10_report.ipynb #c014
@@ -76,9 +80,11 @@ def verdict(
     last = next((n for n in ('best', 'final', 'kd', *reversed(names)) if n in names), None)
     for t, m, a, d in results.differences():
         if m != last or a != ('base' if 'base' in names else names[0]): continue
+        x, y = results.marks(m, t), results.marks(a, t)
+        mine, theirs = (v[~np.isnan(x + y)].mean() for v in (x, y)) if d.n else (np.nan, np.nan)  # the questions that both have marks for
         k, unit = results.scale(t), ' points' if results.scale(t) == 100 else ''
         if not d.shown: said.append(f'{t.name}: no difference between {m} and {a} is shown')
-        else: said.append(f"{t.name}: {m} {np.nanmean(results.marks(m, t)) * k:.1f} against {np.nanmean(results.marks(a, t)) * k:.1f} of {a}, {d.value * k:+.1f}{unit} [{d.low * k:+.1f}, {d.high * k:+.1f}]")
+        else: said.append(f"{t.name}: {m} {mine * k:.1f} against {theirs * k:.1f} of {a}, {d.value * k:+.1f}{unit} [{d.low * k:+.1f}, {d.high * k:+.1f}]")
     failed = f'{len(results.failures)} failed: ' + ', '.join(dict.fromkeys(f['task'] for f in results.failures)) + '.' if results.failures else ''
     return ' '.join([*(s + '.' for s in said), failed]).strip() or 'Nothing was compared.'
 
@@ -91,7 +97,8 @@ def side_by_side(
 ) -> list:             # of dicts: question, wanted, and the answer of each model
     "Questions with the answers of all models."
     names = [m for m, t in results.pairs() if t is task]
-    shown = [m for m in names if not m.startswith('step-')] or names
+    checkpoints = {e.name for e in results.entries if e.checkpoint}
+    shown = [m for m in names if m not in checkpoints] or names
     all_marks = np.array([results.marks(m, task) for m in shown])
     order = sorted(range(all_marks.shape[1]), key=lambda i: (-np.ptp(np.nan_to_num(all_marks[:, i])), i))[:n]
     tick = lambda v: '✓ ' if v == 1 else '✗ ' if v == 0 else '' if np.isnan(v) else f'({v:.2f}) '
@@ -112,8 +119,8 @@ def summary_rows(
 def without_steps(
     results: Results,  # of `evaluate`
 ) -> list:             # of (task, model, against, `Difference`)
-    found = results.differences()
-    return [x for x in found if not x[1].startswith('step-')] or found
+    found, checkpoints = results.differences(), {e.name for e in results.entries if e.checkpoint}
+    return [x for x in found if x[1] not in checkpoints] or found
 
 def difference_rows(
     results: Results,  # of `evaluate`
@@ -124,7 +131,7 @@ def difference_rows(
 
 # %% ../nbs/10_report.ipynb #c024
 METHOD = ('Intervals of a model: Wilson for right-or-wrong figures, percentiles of the bootstrap for others. Differences: paired bootstrap over questions, 10,000 draws, 2.5 and 97.5 percentiles; '
-          'p-values from the draws shifted to no difference (Efron and Tibshirani 1993, 16.4). A difference is called shown when the interval leaves out 0 and p is below 0.05. They speak of other questions of the same kind, not of other runs of the training.')
+          'p-values of right-or-wrong figures from the exact sign test (McNemar), of others from the draws shifted to no difference (Efron and Tibshirani 1993, 16.4). A difference is called shown when the interval leaves out 0 and p is below 0.05. They speak of other questions of the same kind, not of other runs of the training.')
 
 def same_weights(
     results: Results,  # of `evaluate`
@@ -144,12 +151,22 @@ def page_body(
     part = lambda title, inner: f'<h2>{escape(title)}</h2>{inner}' if inner else ''
     cuts = results.table.groupby(['task', 'model']).cut.max() if len(results.table) else pd.Series(dtype=int)
     notes = same_weights(results) + [f'{t} on {m}: {n} questions were longer than the context and lost their beginning.' for (t, m), n in cuts.items() if n]
+    unmarked = {(m, t.name): int(np.isnan(results.marks(m, t)).sum()) for m, t in results.pairs()}
+    notes += [f'{t}: {n} answers of {m} got no mark; they are left out on both sides of its differences.' for (m, t), n in unmarked.items() if n] + [x for t in results.tasks for x in t.notes]
     body = part('Failed', wide([dict(task=f['task'], model=f['model'] or 'all', why=f['why']) for f in results.failures]))
-    body += part('Figures', narrow(summary_rows(results)) if results.records else '') + part('Differences', narrow(difference_rows(results)) + f'<p>{escape(by_chance([d for *_, d in without_steps(results)]))}</p>' if results.differences() else '')
+    body += part('Figures', narrow(summary_rows(results)) if results.records else '') + part('Differences', narrow(difference_rows(results)) + f'<p>{escape(how_many(results, without_steps(results)))}</p>' if results.differences() else '')
     body += part('Pictures', ''.join(map(picture, figures))) + ''.join(part(f'Side by side: {t.name}', wide(side_by_side(results, t))) for t in results.tasks if any(t is x for _, x in results.pairs()))
     body += part('How', ''.join(f'<p>{escape(n)}</p>' for n in [METHOD, *notes]))
-    settings = {k: v for k, v in asdict(results.options).items()} | {f'model {e.name}': f'{Path(e.spec).name if Path(e.spec).is_absolute() else e.spec}, content {results.keys.get(e.name, "was not loaded")}' for e in results.entries}
+    settings = asdict(results.options) | results.about | {f'task {t.name}': f"{t.source or 'questions of lm-eval or of a verifier'}; key {t.key}" for t in results.tasks} | {f'model {e.name}': f'{Path(e.spec).name if Path(e.spec).is_absolute() else e.spec}, content {results.keys.get(e.name, "was not loaded")}' + (f", loaded with {e.loading}" if e.loading else "") for e in results.entries}
     return body + part('Settings', wide([dict(setting=k, value=v) for k, v in settings.items()]))
+
+# %% ../nbs/10_report.ipynb #k001
+def no_nan(
+    value,   # what is to become JSON
+):           # the same with None for what is not a number, which JSON does not have
+    if isinstance(value, dict): return {k: no_nan(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)): return [no_nan(v) for v in value]
+    return None if isinstance(value, float) and np.isnan(value) else value
 
 # %% ../nbs/10_report.ipynb #c026
 def write_reports(
@@ -164,11 +181,11 @@ def write_reports(
     out.mkdir(parents=True)
     results.table.to_csv(out / 'results.csv', index=False)
     pd.DataFrame([dict(task=t.name, model=m, against=a, **asdict(d), shown=d.shown) for t, m, a, d in results.differences()]).to_csv(out / 'differences.csv', index=False)
-    whole = dict(result=verdict(results), options=asdict(results.options), models=[asdict(e) | dict(content=results.keys.get(e.name)) for e in results.entries], results=results.table.to_dict('records'),
+    whole = dict(result=verdict(results), options=asdict(results.options), about=results.about, tasks=[dict(name=t.name, key=t.key, source=t.source, notes=t.notes, spec=t.spec) for t in results.tasks], models=[asdict(e) | dict(content=results.keys.get(e.name)) for e in results.entries], results=results.table.to_dict('records'),
                  differences=[dict(task=t.name, model=m, against=a, **asdict(d), shown=d.shown) for t, m, a, d in results.differences()], failures=results.failures)
-    (out / 'results.json').write_text(json.dumps(whole, indent=1, ensure_ascii=False, default=str), encoding='utf-8')
+    (out / 'results.json').write_text(json.dumps(no_nan(whole), indent=1, ensure_ascii=False, default=str), encoding='utf-8')
     with open(out / 'samples.jsonl', 'w', encoding='utf-8') as f:
-        for m, t in results.pairs(): f.writelines(json.dumps(dict(task=t.name, model=m) | r, ensure_ascii=False) + '\n' for r in results.records[m, t.name])
+        for m, t in results.pairs(): f.writelines(json.dumps(no_nan(dict(task=t.name, model=m) | r), ensure_ascii=False) + '\n' for r in results.records[m, t.name])
     figures = {f'task-{t.name}': plot_task(results, t) for t in results.tasks if any(t is x for _, x in results.pairs())}
     if (curve := plot_curve(results)) is not None: figures['learning-curve'] = curve
     for name, fig in figures.items(): fig.savefig(out / f"{name.replace('/', '_')}.png", dpi=110)
