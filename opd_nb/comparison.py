@@ -176,8 +176,9 @@ def plot_curves(
     if ax is None: _, ax = plt.subplots(figsize=(6.5, 4), layout='constrained')
     scale, unit = dict(tokens=(1000, 'thousand student tokens'), seconds=(1, 'seconds of one core'))[over]
     start = solved(results['before', pair, 0])
-    arms = dict.fromkeys(a for a, p, _ in results if p == pair and a != 'before' and '@' not in a)
+    arms = dict.fromkeys(a for a, *_ in results if a != 'before' and '@' not in a)  # of all pairs, so that an arm has one colour in all pictures
     for arm, (colour, dashes) in zip(arms, STYLES):
+        if not any((a, p) == (arm, pair) for a, p, _ in results): continue
         runs = [r for (a, p, _), r in results.items() if (a, p) == (arm, pair)]
         lines = [np.array([(0, start.sum()), *sorted((m[over], m['right']) for m in r['marks'])]).T for r in runs]
         x = np.linspace(0, min(line[0, -1] for line in lines), 1 + min(len(r['marks']) for r in runs))
