@@ -164,6 +164,7 @@ def page_body(
 def no_nan(
     value,   # what is to become JSON
 ):           # the same with None for what is not a number, which JSON does not have
+    "A value that JSON can hold."
     if isinstance(value, dict): return {k: no_nan(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)): return [no_nan(v) for v in value]
     return None if isinstance(value, float) and np.isnan(value) else value
