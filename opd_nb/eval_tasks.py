@@ -230,7 +230,7 @@ def hub_tasks(
     except Exception as e:  # network, permission, format: all come out of there
         raise Unavailable('task', name, f'could not be loaded from the Hub ({type(e).__name__}: {(str(e).strip() or "no reason given").splitlines()[0][:160]})', f'Check the network, and HF_TOKEN for gated data. {remedy}') from None
     try: return [lm_eval_task(t, options) for t in found.values()]
-    except BadInput as e: raise Unavailable(*e.args) from None
+    except BadInput as e: raise Unavailable(e.field, e.value, e.allowed, e.remedy) from None
 
 # %% ../nbs/10_tasks.ipynb #c032
 def tasks_for(

@@ -94,5 +94,5 @@ def content_key(
         h.update(t.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     config = {k: v for k, v in lm.model.config.to_dict().items() if k not in ('_name_or_path', 'transformers_version')}
     tok = lm.codec.tok
-    adapters = {k: {n: v for n, v in c.to_dict().items() if n not in ('base_model_name_or_path', 'inference_mode')} for k, c in getattr(lm.model, 'peft_config', {}).items()}  # their scale is nowhere else
+    adapters = {k: {n: sorted(v) if isinstance(v, set) else v for n, v in c.to_dict().items() if n not in ('base_model_name_or_path', 'inference_mode')} for k, c in getattr(lm.model, 'peft_config', {}).items()}  # their scale is nowhere else; sets have another order in each process
     return content_hash([h.hexdigest(), config, *([adapters] if adapters else []), lm.model.generation_config.to_dict() | dict(transformers_version=0), json.loads(tok.backend_tokenizer.to_str()), tok.chat_template, lm.codec.stop_ids])
