@@ -155,10 +155,12 @@ def answer_task(
     def ask(lm, rows, tick):
         these, batch = [asked[i] for i in rows], options.batch if options.batch != 'auto' else 128
         texts = answer(lm, these, longest, batch, options.templated(lm, True))
-        figures = {k: mark(these, texts) for k, mark in marks.items()}
         tick(len(rows))
-        return [dict(prompt=c.prompt[-1]['content'], target=target(c), answer=t, figures={k: float(v[i]) for k, v in figures.items()}) for i, (c, t) in enumerate(zip(these, texts))]
-    return Task(name, [dict(messages=list(c.messages), metadata=c.metadata) for c in asked], ask, main, spec | dict(marks=sorted(marks), chat=options.chat, longest=longest))
+        return [dict(prompt=c.prompt[-1]['content'], target=target(c), answer=t) for c, t in zip(these, texts)]
+    def marked(rows, records):
+        given = [mark([asked[i] for i in rows], [r['answer'] for r in records]) for mark in marks.values()]
+        return [dict(zip(marks, map(float, row))) for row in zip(*given)]
+    return Task(name, [dict(messages=list(c.messages), metadata=c.metadata) for c in asked], ask, main, spec | dict(marks=sorted(marks), chat=options.chat, longest=longest), mark=marked)
 
 # %% ../nbs/10_tasks.ipynb #c022
 def own_data(

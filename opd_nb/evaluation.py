@@ -78,7 +78,13 @@ class Kept:
         for line in self.path.read_text(encoding='utf-8').split('\n') if self.path.is_file() else []:  # and at nothing else: an answer may hold U+2028
             try: record = json.loads(line)
             except json.JSONDecodeError: continue  # cut off while it was written
-            if isinstance(record, dict) and {'question', 'figures'} <= set(record): self.records[record.pop('question')] = record
+            if isinstance(record, dict) and {'question', 'answer'} <= set(record): self.records[record.pop('question')] = record
+
+    def complete(self,
+        key: str,       # of a question
+    ) -> bool:          # whether its answer is there with all its marks
+        figures = self.records.get(key, {}).get('figures')
+        return figures is not None and not any(v != v for v in figures.values())
 
     def add(self,
         keys: list,      # of the questions
@@ -100,12 +106,17 @@ def asked(
 ) -> list:              # a record for each question
     "A model's records on a task: those that are kept, and the others asked now."
     keys = [task.question_key(i) for i in range(len(task.questions))]
-    todo = [i for i, k in enumerate(keys) if k not in kept.records]
+    todo = [i for i, k in enumerate(keys) if not kept.complete(k)]
     if task.whole and todo: todo, piece = list(range(len(keys))), len(keys)
     tick(len(keys) - len(todo))
     for start in range(0, len(todo), piece):
         rows = todo[start:start + piece]
-        kept.add([keys[i] for i in rows], task.ask(lm, rows, tick))
+        silent = [i for i in rows if task.whole or keys[i] not in kept.records]
+        tick(len(rows) - len(silent))
+        if silent: kept.add([keys[i] for i in silent], task.ask(lm, silent, tick))
+        if not task.mark: continue
+        records, names = [kept.records[keys[i]] for i in rows], [keys[i] for i in rows]
+        kept.add(names, [r | dict(figures=figures) for r, figures in zip(records, task.mark(rows, records))])
     return [kept.records[k] for k in keys]
 
 # %% ../nbs/10_evaluation.ipynb #c019

@@ -70,6 +70,7 @@ class Task:
     whole: bool = False   # examples are drawn while asking, so an answer depends on how many questions are asked
     source: str = ''      # where the questions come from, for the report
     notes: tuple = ()     # sentences that a reader of its figures has to know
+    mark: object = None   # (indices, records) -> figures of each, where `ask` brings answers without any
 
     @property
     def key(self) -> str:

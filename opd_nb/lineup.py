@@ -65,7 +65,7 @@ def lineup(
     out = []
     for name, spec in pairs:
         for e in of_run(spec, name or '') if is_run(spec) else ():
-            there = next((o for o in out if o.spec == e.spec), None)
+            there = next((o for o in out if o.spec == e.spec and (not o.loading or o.loading == e.loading)), None)
             if there: out[out.index(there)] = replace(there, loading=e.loading)  # named already, as a base or as a student of the run
             elif e.name != 'base' or 'base' not in dict(pairs): out.append(e)
         if not is_run(spec): model_path(spec, 'models'); out.append(Entry(name or Path(spec.partition(':')[2] or spec).name, spec, 0 if name == 'base' else None))
