@@ -54,10 +54,10 @@ ARMS = dict(
     uld=on_policy('uld', loss='uld'),
     cover=on_policy('cover', loss='cover'),
     bpm=on_policy('bpm', loss='bpm'),
-    gold=on_policy('gold_trl', loss='gold', beta=.5),
+    gold=on_policy('gold', loss='gold', beta=.5),
     strict=on_policy('strict', loss='strict'),
     escd=on_policy('escd', loss='escd'),
-    xtoken=on_policy('xtoken', loss='xtoken'),
+    xtoken=on_policy('xtoken', ('crossing',), loss='xtoken'),
     alm=on_policy('alm', loss='alm'),
     pg=on_policy('pg', loss='pg', temperature=1.),
     sft_few=Arm(dict(method='sft'), 'sft', ('crossing',), 500),
@@ -86,7 +86,7 @@ class Budget:
 
 # %% ../nbs/12_experiment.ipynb #e001
 FAST = Budget(tokens=1500, seconds=1.5, batch=8, puzzles=24, prompts=48, marks=2, course=20, rates=(1e-3,))  # tries the machinery, says nothing
-TRIAL = 'pieces', 1000, .25  # pair and seed on which rates are tried, and the share of the budget
+TRIAL = 1000, .25  # seed with which rates are tried, and the share of the budget
 LAST = .1                    # share of the steps whose weights are averaged, to be judged by
 
 # %% ../nbs/12_experiment.ipynb #c010
@@ -171,7 +171,7 @@ def asked_of(
 ) -> list:           # of `Conversation`
     "The held-out puzzles a run is judged by; trials of learning rates are judged by others, held out as well."
     asked = draw(budget.puzzles, 0, split='held_out')
-    if seed != TRIAL[1]: return asked
+    if seed != TRIAL[0]: return asked
     seen = {puzzle_of(c) for c in asked}
     return [c for c in draw(3 * budget.puzzles, seed, split='held_out') if puzzle_of(c) not in seen][:budget.puzzles]
 

@@ -36,17 +36,18 @@ def content(
 # %% ../nbs/12_laboratory.ipynb #c031
 def rate_for(
     family: str,     # the arm that was tried
+    pair: str,       # on which it was tried
     folder: Path,    # of results
     budget: Budget,  # with the rates that are tried
 ) -> float | None:   # None if a trial is not finished
-    "The learning rate that won a family's trials."
-    files = {rate: file_of(folder, (f'{family}@{rate:g}', *TRIAL[:2])) for rate in budget.rates}
+    "The learning rate that won a family's trials on a pair."
+    files = {rate: file_of(folder, (f'{family}@{rate:g}', pair, TRIAL[0])) for rate in budget.rates}
     if len(files) == 1: return budget.rates[0]
     tried = {rate: content(f) for rate, f in files.items()}
     return max(tried, key=lambda rate: mean(m['right'] for m in tried[rate]['marks'])) if all(tried.values()) else None
 
 # %% ../nbs/12_laboratory.ipynb #l002
-MAIN = 'sft', 'kd', 'grpo', 'gold_trl', 'uld', 'cover', 'bpm', 'gold_default', 'uld_sft', 'sft_few', 'kd_few', 'cover_few'  # the arms the question is about
+MAIN = 'sft', 'kd', 'grpo', 'gold_trl', 'gold', 'uld', 'cover', 'bpm', 'gold_default', 'uld_sft', 'sft_few', 'kd_few', 'cover_few'  # the arms the question is about
 
 # %% ../nbs/12_laboratory.ipynb #c034
 def queue(
@@ -54,10 +55,15 @@ def queue(
     seeds=(0, 1, 2),   # of each arm and pair
 ) -> list:             # (arm, pair, seed)
     "All runs, in the order in which they should be made."
-    def trials(arms): return [(f'{f}@{rate:g}', *TRIAL[:2]) for f in dict.fromkeys(ARMS[a].family for a in arms) for rate in budget.rates if len(budget.rates) > 1]
-    ends = [('before', name, 0) for name in ('teacher', *reversed(PAIRS))]
-    every = [(arm, pair, seed) for seed in seeds for pair in reversed(PAIRS) for arm, a in ARMS.items() if pair in a.pairs]
-    return list(dict.fromkeys(ends + trials(MAIN) + [(arm, 'crossing', seed) for seed in seeds for arm in MAIN] + [r for r in every if r[0] in MAIN] + trials(ARMS) + every))
+    pairs, others, out = list(reversed(PAIRS)), [a for a in ARMS if a not in MAIN], []
+    def add(arms, pairs, seeds):
+        for seed in seeds:
+            for pair in pairs:
+                here = [a for a in arms if pair in ARMS[a].pairs]
+                if len(budget.rates) > 1: out.extend((f'{f}@{rate:g}', pair, TRIAL[0]) for f in dict.fromkeys(ARMS[a].family for a in here) for rate in budget.rates)
+                out.extend((a, pair, seed) for a in here)
+    add(MAIN, ['crossing'], seeds); add(MAIN, pairs, seeds); add(others, pairs, seeds)
+    return [('before', name, 0) for name in ('teacher', *pairs)] + list(dict.fromkeys(out))
 
 # %% ../nbs/12_laboratory.ipynb #c036
 def make(
@@ -70,8 +76,8 @@ def make(
     "One run of the queue."
     arm, _, rate = run[0].partition('@')
     if arm == 'before': return reference(run[1], budget, cache)
-    if rate: return experiment(arm, *run[1:], float(rate), replace(budget, tokens=int(budget.tokens * TRIAL[2]), seconds=budget.seconds * TRIAL[2]), cache) | dict(arm=run[0])
-    if (found := rate_for(ARMS[arm].family, trials or folder, budget)): return experiment(arm, *run[1:], found, budget, cache)
+    if rate: return experiment(arm, *run[1:], float(rate), replace(budget, tokens=int(budget.tokens * TRIAL[1]), seconds=budget.seconds * TRIAL[1]), cache) | dict(arm=run[0])
+    if (found := rate_for(ARMS[arm].family, run[1], trials or folder, budget)): return experiment(arm, *run[1:], found, budget, cache)
 
 # %% ../nbs/12_laboratory.ipynb #l012
 def finished(
@@ -83,7 +89,7 @@ def finished(
     "Whether a run has a file with the settings that it would have now."
     found, (arm, _, rate) = content(file_of(folder, run)), run[0].partition('@')
     if not found: return False
-    rate = None if arm == 'before' else float(rate) if rate else rate_for(ARMS[arm].family, trials or folder, budget)
+    rate = None if arm == 'before' else float(rate) if rate else rate_for(ARMS[arm].family, run[1], trials or folder, budget)
     return rate is None or found.get('settings') == dict(learning_rate=rate) | ARMS[arm].settings
 
 # %% ../nbs/12_laboratory.ipynb #l010

@@ -47,7 +47,7 @@ def gold_trl(
     vocab: VocabMap,       # what both can express
     beta: float = 0.5,     # see `jsd`
 ) -> LossOutput:
-    "GOLD with TRL 1.16's defaults: late rows, observed merge, string matches, no rest, each answer weighs 1."
+    "GOLD's hybrid loss as TRL 1.16 computes it: late rows, observed merge, string matches, no rest, each answer weighs 1."
     (s, own), (t, theirs) = (one_late(x, e, alignment.stride) for x, e in ((student, alignment.student_ends), (teacher, alignment.teacher_ends)))
     a = align(own, theirs)
     weight = torch.zeros(len(s.ids))
