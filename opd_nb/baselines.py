@@ -116,6 +116,7 @@ def grpo(
     c, total, weight, trained = run.config, 0., 0., 0
     if c.reward not in REWARDS: raise unknown('reward', c.reward, REWARDS)
     if backward and c.num_generations < 2: raise BadInput('num_generations', c.num_generations, 'must be at least 2 for grpo: an answer is judged by its siblings', 'Use --num-generations 8.')
+    if not rollouts: return 0., 0., 0, []  # this process has none
     rewards = [REWARDS[c.reward](r.conversation, r.text) for r in rollouts]
     earned = dict(zip(map(id, rollouts), group_advantages(rewards, [r.conversation.key for r in rollouts])))
     for rows in batches(rollouts, run.micro_batch):
@@ -124,4 +125,4 @@ def grpo(
         if backward: out.total.backward()
         total, weight, trained = total + out.total.item(), weight + out.weight, trained + len(out)
     silent = sum(a == 0 for a in earned.values()).item() / len(earned)
-    return total / weight if weight else 0., weight, trained, dict(reward=sum(rewards) / len(rewards), silent=silent)
+    return total / weight if weight else 0., weight, trained, [(len(rewards), dict(reward=sum(rewards) / len(rewards), silent=silent))]

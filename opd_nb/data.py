@@ -264,7 +264,9 @@ def split(
 ) -> tuple:                # training, validation
     "Two lists of conversations, by a hash of their prompts. Neither is empty if there are at least two prompts and a share was asked for."
     by = sorted(conversations, key=lambda c: c.key)
-    where = {c.key for c in by if int(c.key[:8], 16) < val_fraction * 2**32} or ({by[0].key} if val_fraction else set())
+    keys = list(dict.fromkeys(c.key for c in by))
+    where = {k for k in keys if int(k[:8], 16) < val_fraction * 2**32} or (set(keys[:1]) if val_fraction else set())
+    if len(keys) > 1: where.discard(keys[-1])  # the last to be taken is left to train on
     parts = [c for c in conversations if c.key not in where], [c for c in conversations if c.key in where]
     return parts if parts[0] else (conversations, [])
 
@@ -273,4 +275,4 @@ def each_turn(
     c: Conversation,
 ) -> list:           # of `Conversation`, one for each answer in it, and one for a question that has none yet
     "A record as one conversation per answer."
-    return [Conversation(c.messages[:i + 1], c.metadata) for i, m in enumerate(c.messages) if m['role'] == 'assistant'] + ([] if c.has_reference else [c])
+    return [Conversation(c.messages[:i + 1], c.metadata) for i, m in enumerate(c.messages) if m['role'] == 'assistant' and any(x['role'] == 'user' for x in c.messages[:i])] + ([] if c.has_reference else [c])

@@ -41,7 +41,7 @@ def health(
     alignment: Alignment,  # where they can be compared
     vocab: VocabMap,       # what both can express
     k: int = 16,         # see `compare`
-) -> dict:               # figure -> mean over the positions aligned 1:1
+) -> dict:               # figure -> mean over the positions aligned 1:1 that could be compared, and how many those are
     "Health figures of one batch."
     always = dict(coverage=alignment.coverage) | ({} if student.logprobs is None else staleness(student))
     if 'listed' not in teacher.gives: return always
@@ -53,7 +53,7 @@ def health(
         for name, x in compare(p, q, k).items(): sums[name] += x.sum().item()
         return s[:, 0] * 0, known
     pairs = over_pieces(student, teacher, alignment.select(alignment.one_to_one), value)
-    return {name: x / max(1, len(pairs)) for name, x in sums.items()} | always
+    return {name: x / max(1, len(pairs)) for name, x in sums.items()} | dict(compared=len(pairs)) | always
 
 # %% ../nbs/08_health.ipynb #c013
 @torch.no_grad()

@@ -52,6 +52,7 @@ class Run:
     micro_batch: int = 64    # rollouts that pass through the models at a time; halved when memory is short
     step: int = 0            # steps taken
     best: float | None = None # best validation figure so far
+    monitor: tuple | None = None # what that is: the settings `monitor` and `monitor_mode`, the figure, whether more is better
     waited: int = 0          # validations since then
     failed: int = 0          # steps without a usable gradient, in a row
     latest: list = field(default_factory=list)  # rollouts of the last step or validation
@@ -76,12 +77,13 @@ def load_student(
     student, base = load(config.student), config.output_dir / 'base'
     if hasattr(student.model, 'merge_and_unload'):
         student = replace(student, model=student.model.merge_and_unload())
+        student.model.requires_grad_(True)  # its adapters were all that could be trained
         if config.lora:
-            if processes(config.device).is_main_process and not base.exists():
+            if processes(config.device).is_main_process and not (config.resume and base.exists()):  # one that lies there without a run to resume may be another student's
                 student.model.save_pretrained(base.with_name('base.part')); student.codec.tok.save_pretrained(base.with_name('base.part'))
                 put(base.with_name('base.part'), base)
             processes(config.device).wait_for_everyone()
-            student = load(str(base))
+            student = load(str(base.resolve()))
     if config.lora: student = replace(student, model=add_lora(student.model, config))
     if config.gradient_checkpointing: student.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
     return student
@@ -111,8 +113,9 @@ def make_optimizers(
     inner = [p for n, p in weights if name == 'muon' and p.ndim == 2 and 'embed' not in n and 'lm_head' not in n]
     rest = [p for _, p in weights if not any(p is q for q in inner)]
     kinds = [g for g in ([p for p in rest if isinstance(p, DTensor) == divided] for divided in (False, True)) if g]  # a group holds weights of one kind
-    adamw = torch.optim.AdamW([dict(params=g) for g in kinds], lr=lr, betas=(.9, .98), weight_decay=weight_decay)
-    return [torch.optim.Muon(inner, lr=10 * lr, weight_decay=weight_decay), adamw] if inner else [adamw]
+    muon = [torch.optim.Muon(inner, lr=10 * lr, weight_decay=weight_decay)] if inner else []
+    adamw = [torch.optim.AdamW([dict(params=g) for g in kinds], lr=lr, betas=(.9, .98), weight_decay=weight_decay)] if kinds else []  # adapters are all matrices
+    return muon + adamw
 
 # %% ../nbs/09_run.ipynb #c016
 def make_schedule(

@@ -182,6 +182,7 @@ class Settings(*reversed(TOPICS.values()), BaseSettings):
     def together(self):
         if self.monitor in FALLING and self.monitor_mode == 'max': raise BadInput('monitor_mode', 'max', f'takes the student with the highest {self.monitor} for the best', 'Set monitor_mode to min, or monitor to top1_agreement.')
         if not self.lambda_kd and not self.lambda_sft: raise BadInput('lambda_kd', 0, 'leaves nothing to learn from, since lambda_sft is 0 too', 'Raise one of the two.')
+        if (self.loss, self.method, self.lam) == ('sft', 'opd', 1): raise BadInput('loss', 'sft', "would call the student's own text right", 'Use --method sft, or --lam 0 for the references.')
         for t in (self.track or '').split(','):
             if t.strip() and t.strip() not in TRACKERS: raise unknown('track', t.strip(), TRACKERS)
         return self

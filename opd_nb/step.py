@@ -18,6 +18,7 @@ from .config import OPDConfig
 from .data import load_conversations
 from .distil import continued, distil_rows, loss_for, parts, scored
 from .engine import teacher_side
+from .methods import weighted
 from .models import LM, read
 from .rollouts import rollout
 from .run import compute_dtype, load_student
@@ -130,12 +131,12 @@ def distil_once(
     rows, signals = scored(teacher, [r])
     if not rows: raise BadInput('prompt', conversation.prompt[-1]['content'], 'led to an answer that this teacher cannot read', 'Take a teacher whose vocabulary spells every character, or ask something else.')
     s = signals[0]
-    if isinstance(s, Written): r = continued(student.codec, r, s)
+    own, r = r, continued(student.codec, r, s) if isinstance(s, Written) else r  # what is shown; the teacher is asked about what the student wrote
     alignment = align([r.ends], [r.ends if isinstance(s, Judged) else s.ends])
-    value, trained, norm, out, figures = learn(pair, teacher, r)
+    value, trained, norm, out, figures = learn(pair, teacher, own)
     table, sides = look_closely(pair, teacher, r, s, alignment, out)
     promised = .01 * abs(value)
-    kept = value - nudged(pair, teacher, r, promised / norm**2) if norm else 0.
+    kept = value - nudged(pair, teacher, own, promised / norm**2) if norm else 0.
     return Step((as_asked(student.codec, conversation), as_asked(teacher.codec, conversation)), r, sides, alignment, table, pair.loss.name, value, trained, norm, promised, kept, figures)
 
 # %% ../nbs/09_step.ipynb #c019
@@ -146,7 +147,8 @@ def compared(
 ) -> tuple:       # `LossOutput`, figures
     "`distil_rows` with the settings of the pair."
     c = pair.config
-    return distil_rows(pair.student, teacher, pair.vocab, pair.loss, list(rows), c.score_weight, c.min_teacher_logp, c.max_groups, compute_dtype(c, pair.student))
+    out, figures = distil_rows(pair.student, teacher, pair.vocab, pair.loss, list(rows), c.score_weight, c.min_teacher_logp, c.max_groups, compute_dtype(c, pair.student))
+    return out, weighted(figures)
 
 # %% ../nbs/09_step.ipynb #c020
 def learn(

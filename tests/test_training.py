@@ -155,3 +155,53 @@ def test_bad_data(tmp_path, text, says):
 def test_lambda_needs_references(tmp_path):
     data = save_conversations(countdown.draw(5), tmp_path / 'd.jsonl')
     with pytest.raises(BadInput, match='cold-start-steps 0'): train(config(str(data), tmp_path / 'run', lam=.5), progress=False)
+
+
+def test_memory_that_never_suffices_leaves_a_run_that_goes_on(prompts, tmp_path, monkeypatch):
+    "The machine has too little memory for a single answer, from the third step on; on a larger one the run goes on."
+    import opd_nb.training as training
+    from opd_nb.types import BadInput
+    kw, real, left = dict(max_steps=4, val_fraction=0), training.gradients, [2]
+    def short(run):
+        if not left[0]: raise MemoryError('no room')
+        left[0] -= 1
+        return real(run)
+    monkeypatch.setattr(training, 'gradients', short)
+    with pytest.raises(BadInput, match='--resume'): train(config(prompts, tmp_path / 'run', **kw), progress=False)
+    monkeypatch.setattr(training, 'gradients', real)
+    assert train(config(prompts, tmp_path / 'run', resume=True, **kw), progress=False).steps == 4
+
+
+def test_what_the_settings_say_when_a_run_is_resumed(prompts, tmp_path):
+    "Rates, micro-batch and length may change on the way; what the weights are of may not."
+    from opd_nb.types import BadInput
+    first = train(config(prompts, tmp_path / 'run', max_steps=3, warmup_steps=0, schedule='constant', val_fraction=0), progress=False)
+    more = train(config(prompts, tmp_path / 'run', max_steps=5, warmup_steps=0, schedule='constant', val_fraction=0, learning_rate=1e-6, micro_batch=1, resume=True), progress=False)
+    rates = [e['lr'] for e in more.events if e['event'] == 'step']
+    assert rates[:3] == [e['lr'] for e in first.events if e['event'] == 'step'] and rates[3:] == [1e-6, 1e-6]
+    fewer = train(config(prompts, tmp_path / 'run', max_steps=2, val_fraction=0, resume=True), progress=False)
+    assert fewer.steps == 5  # more than were asked for are there: nothing is to be done
+    with pytest.raises(BadInput, match='as in the run that is resumed'): train(config(prompts, tmp_path / 'run', student='tiny:student-bpe', max_steps=9, resume=True), progress=False)
+
+
+@pytest.mark.parametrize('method', ['opd', 'grpo'])
+def test_all_held_out_prompts_are_validated(prompts, tmp_path, method):
+    "However many answers a step has to each prompt."
+    from opd_nb.run import prepare
+    from opd_nb.training import validate
+    run = prepare(config(prompts, tmp_path / 'run', method=method, num_generations=8, batch=1, val_fraction=.2))
+    n = len(run.val)
+    assert n % 8 and validate(run)['trained'] and len(run.latest) == n
+
+
+def test_the_base_of_another_student_is_not_taken(prompts, tmp_path):
+    "A folder in which somebody tried an adapter of another student before."
+    from peft import LoraConfig, get_peft_model
+    from opd_nb.models import LM
+    from opd_nb.run import load_student
+    def adapter(name):
+        lm = LM.load(f'tiny:{name}', device='cpu')
+        get_peft_model(lm.model, LoraConfig(r=2, target_modules=['q_proj'])).save_pretrained(tmp_path / name); lm.codec.tok.save_pretrained(tmp_path / name)
+        return str(tmp_path / name)
+    vocabulary = lambda name: load_student(config(prompts, tmp_path / 'run', student=adapter(name), lora=True)).model.config.vocab_size
+    assert vocabulary('student') == 480 and vocabulary('student-bpe') == 277
