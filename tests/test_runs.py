@@ -134,8 +134,8 @@ def test_gpu_in_small(tmp_path):
 
 
 def test_spelling_in_small(tmp_path):
-    "Four steps of both losses; what four hundred come to is in the notebook."
+    "Four steps of each; what four hundred come to is in the notebook."
     done = papermill(tmp_path, '-p', 'max_steps', '4', '-p', 'batch', '4', '-p', 'marks', '2', '-p', 'n_train', '40', '-p', 'n_eval', '20', notebook='spelling')
     assert done.returncode == 0, done.stderr[-2000:]
     m = json.loads((tmp_path / 'metrics.json').read_text())
-    assert [p['step'] for p in m['marks']['cover']] == [0, 2, 4] and m['marks']['bpm'][1]['teacher_nll'] > 0
+    assert [p['step'] for p in m['marks']['cover@1e-3']] == [0, 2, 4] and m['marks']['bpm@1e-4'][1]['teacher_nll'] > 0
