@@ -59,7 +59,7 @@ def any_stop(
     "The rows, with a stop at the end as likely as all stops together that were listed there."
     if ids and ids[-1] in stops and not math.isnan(rows.logprobs[-1]):
         said = {ids[-1]: rows.logprobs[-1]} | {i: lp for i, lp in rows.top[-1].items() if i in stops and i != ids[-1]}
-        rows.logprobs[-1] = math.log(sum(map(math.exp, said.values()))) if len(said) > 1 else said[ids[-1]]
+        rows.logprobs[-1] = torch.tensor([*said.values()], dtype=torch.float64).logsumexp(0).item() if len(said) > 1 else said[ids[-1]]
     return rows
 
 # %% ../nbs/05_api.ipynb #c011
@@ -142,7 +142,7 @@ class APITeacher:
         messages: list,  # a prompt
     ):                   # function of a text: tokens that a request with this prompt and text reads
         "How large requests are; about a quarter of the letters where the tokenizer is not known."
-        if not self.codec: return lambda text: (sum(len(str(m.get('content'))) for m in messages) + len(text)) // 4 + 8
+        if not self.codec: return lambda text: (sum(len(str(m.get('content')).encode()) for m in messages) + len(text.encode())) // 3 + 8  # in scripts with three bytes to a letter, a token is hardly more than one
         P = len(self.codec.prompt(messages))
         return lambda text: P + len(self.codec.write(text.encode(), False)[0])
 

@@ -106,8 +106,8 @@ class Continuation:
     name = 'continuation'
 
     def __init__(self,
-        prefill: int = 0,  # which of `PREFILLS`
-    ): self.prefill = prefill
+        variant: int = 0,  # which of `PREFILLS`, and as many more if the server repeats the beginning, as llama.cpp's does
+    ): self.repeats, self.prefill = divmod(variant, len(PREFILLS))
 
     def start(self,
         data: bytes,  # the student's completion
@@ -128,7 +128,7 @@ class Continuation:
         def read(answer):
             text = choice(answer).get('message', {}).get('content')
             need(isinstance(text, str), 'no text')
-            return (prefix + text.removeprefix(prefix)).encode(), choice(answer).get('finish_reason') == 'stop'  # llama.cpp repeats the beginning
+            return (prefix + (text.removeprefix(prefix) if self.repeats else text)).encode(), choice(answer).get('finish_reason') == 'stop'  # after `1` a server may well write `1`
         body = begun(messages, prefix, self.prefill, max_tokens=limit, temperature=0)
         return start, *await ask(Question('/chat/completions', body, size(prefix), limit), read)
 

@@ -27,7 +27,7 @@ class Finding:
     faithful: bool
     why: str         # a sentence for people
     k: int = 0       # likeliest tokens it lists
-    variant: int = 0 # which of several forms: of `PREFILLS`, or 1 for `echo` by text
+    variant: int = 0 # which of several forms: of `PREFILLS`, and as many more if it repeats the beginning; or 1 for `echo` by text
 
     def __str__(self): return f"{self.mode}: {'yes' if self.faithful else 'no'}, {self.why}"
 
@@ -79,7 +79,7 @@ class Probe:
         try: (out, error), = self.endpoint.run([attempt()])
         except SpendingCap: raise
         except TeacherGone as e:
-            if not any(f'HTTP {code}' in e.why for code in (404, 405, 500, 501, 503)): raise
+            if not any(f'HTTP {code}' in e.why for code in (404, 405, 500, 501)): raise
             error = Refused(e.why.split('(', 1)[-1].removesuffix(')'))
         if error: raise error
         return out
@@ -186,10 +186,11 @@ def try_continuation(
     prefix = whole[:len(whole) // 2].rstrip()
     if not prefix or len(whole) - len(prefix) < 4: return no('what it writes is too short to tell')
     for prefill in range(len(PREFILLS)):
-        try: rest = probe.ask(lambda ask: write(ask, prefix, prefill)).removeprefix(prefix)
+        try: rest = probe.ask(lambda ask: write(ask, prefix, prefill))
         except (Refused, Malformed): continue
-        due = whole[len(prefix):]
-        if len(rest) >= 4 and rest[:8] == due[:min(8, len(rest))]: return Finding('continuation', True, 'it goes on from a begun answer with the words it wrote before', 0, prefill)
+        due, repeats = whole[len(prefix):], rest.startswith(prefix)
+        rest = rest[len(prefix) * repeats:]
+        if len(rest) >= 4 and rest[:8] == due[:min(8, len(rest))]: return Finding('continuation', True, 'it goes on from a begun answer with the words it wrote before', 0, prefill + len(PREFILLS) * repeats)
     return no('it does not go on from a begun answer but starts another')
 
 # %% ../nbs/05_probe.ipynb #c026
@@ -223,14 +224,14 @@ def findings(
 ) -> list:
     "What a probe finds, from the cache if it was ever made."
     table = hashlib.sha256(repr(codec.bytes.table).encode()).hexdigest() if codec else None
-    key = question_key(endpoint.url, 'probe', dict(model=endpoint.model, extra=endpoint.extra, k=k, mode=mode, every=every, tokenizer=table, text=KNOWN))
+    key = question_key(endpoint.url, 'probe', dict(model=endpoint.model, extra=endpoint.extra, k=k, mode=mode, every=every, tokenizer=table, text=KNOWN, rules=2))
     kept = None if fresh else endpoint.cache.get(key)
     if kept: return [Finding(**f) for f in kept]
     found, probe, alone = [], Probe(endpoint, codec, k), dict(prefix_walk=try_walk, continuation=try_continuation, sequence=try_sequence)
     for f in [alone[mode](probe)] if mode in alone else tries(probe):
         if mode in ('auto', f.mode): found.append(f)
         if found and found[-1].faithful and not every: break
-    endpoint.cache.put(key, endpoint.model, [asdict(f) for f in found])
+    if any(f.faithful for f in found): endpoint.cache.put(key, endpoint.model, [asdict(f) for f in found])  # what it cannot do today it may be able to do tomorrow
     return found
 
 # %% ../nbs/05_probe.ipynb #c032

@@ -68,7 +68,7 @@ def several(
 ) -> list:     # of (spec, weight)
     "The teachers that a spec names, with their weights."
     parts = re.split(r',(?=[a-z_]+:)', spec) if isinstance(spec, str) else spec
-    pairs = [p if isinstance(p, (tuple, list)) else re.fullmatch(r'(.*?)(?:@(\d*\.?\d+))?', p).groups() for p in parts]
+    pairs = [p if isinstance(p, (tuple, list)) else re.fullmatch(r'(.*?)(?:@(\d{1,3}(?:\.\d+)?|\.\d+))?', p).groups() for p in parts]
     return [(name, float(weight or 1)) for name, weight in pairs]
 
 # %% ../nbs/05_teachers.ipynb #c014

@@ -338,3 +338,35 @@ def test_transformers_serve_ignores_what_it_accepts(here, tmp_path):
     with command_server(command, 'serve', folder, '--port', '{port}', '--host', '127.0.0.1', '--device', 'cpu', '--dtype', 'float32') as url:
         with pytest.raises(BadInput) as e: load_teacher(f'api:{url}#{folder}', config(here, tmp_path / 'a', teacher_timeout=60, teacher_retries=0))
     for sentence in ('no logprobs of the tokens it writes', 'it accepts logprobs and lists none', 'starts another'): assert sentence in str(e.value)
+
+
+@pytest.mark.parametrize('can', [('chat', 'prefill'), ('echo',), ('echo', 'ids')], ids=['prefixes', 'echo by text', 'echo by ids'])
+def test_pieces_before_the_bytes_they_fall_back_on(can, tmp_path):
+    "A SentencePiece teacher has `7` twice, as a piece and as the byte <0x37>. What a server calls `7` is the piece, as in the model itself."
+    from opd_nb.engine import teacher_side
+    asked, text = Conversation(({'role': 'user', 'content': 'Make 31 from 3 7 10.'},)), (b'7*3=21 21+10=31', True)
+    student = load_teacher('tiny:student', OPDConfig(_env_file=None, device='cpu'))
+    own = student.score([asked], [text])[0]
+    likeliest = teacher_side([own], len(student.codec.bytes)).logp(slice(None)).argmax(-1)
+    with contract_server('tiny:student', can=can) as url:
+        said, = load_teacher(f'api:{url}/v1#teacher', OPDConfig(_env_file=None, teacher_cache=tmp_path / 'a', teacher_tokenizer=str(tiny_folder('student')))).score([asked], [text])
+    seen = [t for t in range(len(said.ids)) if said.scored[t]]
+    assert len(seen) > 8 and [int(said.ids[t]) for t in seen] == [int(own.ids[t]) for t in seen]
+    assert all(int(said.top_ids[t][0]) == likeliest[t] for t in seen)  # and not the byte of the same name
+    realised = [t for t in seen if not said.logprobs[t].isnan()]
+    assert len(realised) > 5 and all(abs(float(said.logprobs[t]) - float(own.logprobs[t])) < 1e-3 for t in realised)
+
+
+def test_an_error_with_status_200_and_a_model_list_that_fails_once(tmp_path):
+    "Gateways say 200 and mean 502; servers that start answer later. Neither is kept."
+    from servers import Handler, http_server
+    from opd_nb.cache import Answers
+    from opd_nb.client import Endpoint, Question
+    answers, models = [dict(error=dict(message='upstream')), dict(choices=[]), dict(choices=[dict(text='x')])], [503, 503, 200]
+    class Odd(Handler):
+        def do_GET(self): self.send(models.pop(0), dict(data=[dict(id='m')]))
+        def do_POST(self): self.body(); self.send(200, answers.pop(0))
+    with http_server(Odd) as url:
+        end = Endpoint(f'{url}/v1', 'm', cache=Answers(tmp_path / 'a'), retries=3)
+        assert end.run([end.ask(Question('/completions', dict(prompt='x'), 1), lambda a: a['choices'][0]['text'])]) == ['x'] and not answers
+        assert end.entry() == {} and end.entry() == dict(id='m')
