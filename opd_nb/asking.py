@@ -10,7 +10,7 @@ import asyncio
 import json
 from collections import Counter
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pandas as pd
 from tqdm import tqdm
@@ -28,12 +28,13 @@ class Purse:
         cap: float | None,   # None: as many as it takes
         spent: float = 0.,   # by earlier runs in this folder
     ):
-        self.cap, self.spent, self.held, self.out, self.moved = cap, spent, 0., 0, asyncio.Condition()
+        self.cap, self.spent, self.held, self.out, self.moved, self.shut = cap, spent, 0., 0, asyncio.Condition(), False
 
     @asynccontextmanager
     async def hold(self,
         worst: float,    # dollars that a request costs at most
     ):                   # yields a function to be told what it did cost
+        if self.shut: raise CapReached  # it was reached once; what is paid for is still read
         async with self.moved:
             while self.cap is not None and self.spent + self.held + worst > self.cap:
                 if not self.out: raise CapReached
@@ -123,11 +124,14 @@ async def pay(
 ) -> Reply:
     "Send a request and keep the reply."
     chars = sum(len(m['content']) for m in sent['messages'])
-    worst = run.endpoint.cost(sent['model'], chars / 2, run.endpoint.max_tokens) or 0  # two characters for a token is few
+    size = len(json.dumps([sent['messages'], sent['response_format']], ensure_ascii=False).encode())
+    worst = run.endpoint.cost(sent['model'], size / 2, run.endpoint.max_tokens) or 0  # two bytes for a token is few, in any script
     run.fresh.add(row['row'])
     async with run.purse.hold(worst) as paid:
         await asyncio.sleep(run.pace.wait(asyncio.get_running_loop().time()))
-        reply = run.store.put(key, row['kind'], role, chars, await send(run.endpoint, run.client, sent))
+        reply = await send(run.endpoint, run.client, sent)
+        if reply.dollars is None and run.purse.cap is not None: reply = replace(reply, dollars=worst)  # nobody says what it cost: the worst counts
+        reply = run.store.put(key, row['kind'], role, chars, reply)
         paid(reply.dollars or 0)
     return reply
 
@@ -178,7 +182,7 @@ async def work(
     for row in rows:
         if run.error: return
         try: await make(run, row)
-        except CapReached: return
+        except CapReached: run.purse.shut = True; continue  # rows further on may be paid for already
         except BadInput as e: run.error = e; return
         bar.set_postfix_str(money(run.store.total()['dollars']), refresh=False); bar.update()
 
@@ -197,9 +201,10 @@ async def ask_endpoint(
     if cap is not None and None in (endpoint.cost(m, 1, 1) for m in models.values()):
         raise BadInput('cap', cap, f'needs prices, and those of {", ".join(sorted(set(models.values())))} are unknown', 'Give your own, in dollars per million tokens in and out, or leave the cap out.')
     async with endpoint.client() as client:
-        run, rows = Asking(endpoint, store, domain, models, Purse(cap, store.total()['dollars'] or 0), Pace(per_minute), client), iter(plan.to_dict('records'))
+        run, rows = Asking(endpoint, store, domain, models, Purse(cap, store.spent(lambda model, tokens: endpoint.cost(model, tokens, endpoint.max_tokens) or 0)), Pace(per_minute), client), iter(plan.to_dict('records'))
         with tqdm(total=len(plan), unit='record', mininterval=1) as bar: await asyncio.gather(*(work(run, rows, bar) for _ in range(concurrency)))
     if run.error: raise run.error
     if len(plan) and len(run.made.aside) == len(plan) and all(a['again'] for a in run.made.aside): raise BadInput('endpoint', endpoint.url, f"did not answer; {run.made.aside[0]['why'].rstrip('.')}", 'See that a server runs there and that the address is right, then run the same again.')
+    run.made.records.sort(key=lambda c: c.metadata['row'])  # they arrive as they like
     run.made.pending = len(plan) - len(run.made.records) - len(run.made.aside)
     return run.made

@@ -17,7 +17,7 @@ import pandas as pd
 from .types import Conversation
 
 # %% ../nbs/07_cleaning.ipynb #c006
-WORD = re.compile(r'[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W_]+|[-+*/=<>%$€£]')
+WORD = re.compile(r'''[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W_]+|\((?=[^()]*(?:[+*/^×÷=]|\d\s*-\s*\d))|[^\w\s.,;:?!'"’‘“”„«»…。，、！？；：·`()\[\]{}]''')  # every sign but those of prose is a word, and a bracket before a calculation
 
 def words_of(
     text: str,                    # any text
@@ -35,7 +35,7 @@ def grams(
 
 # %% ../nbs/07_cleaning.ipynb #c010
 REFUSALS = dict(  # language -> how an answer begins that is none
-    en=r"i'?m (very |so )?sorry,? but|i apologi[sz]e,? but|sorry,? (but )?i|i (can(no|')t|am unable to|am not able to|won't be able to) (help|assist|answer|provide|fulfil|comply|do that|create|write)|as an ai\b",
+    en=r"i'?m (very |so )?sorry,? but|i apologi[sz]e,? but|sorry,? (but )?i\b|i (can(no|')t|am unable to|am not able to|won't be able to) (help|assist|answer|provide|fulfil|comply|do that|create|write)|as an ai\b",
     de=r'(es )?tut mir (sehr )?leid,? (aber|ich kann)|(entschuldigung|leider),? (aber )?(ich kann|kann ich) .{0,30}(nicht|kein)|ich kann (ihnen|dir|dabei|diese).{0,40}nicht|als (eine? )?(ki|künstliche intelligenz|sprachmodell)\b',
     fr=r"(je suis )?(vraiment )?désolée?,? (mais )?je|je ne (peux|suis) pas (en mesure |vous aider|t'aider|répondre|fournir|aider)|en tant qu('|e )(ia|intelligence artificielle|modèle de langage|assistant)\b",
     es=r'lo siento(,? (pero|no puedo)| mucho,? pero)|no puedo (ayudar|responder|proporcionar|cumplir)|como (una? )?(ia|inteligencia artificial|modelo de lenguaje)\b',
@@ -65,7 +65,7 @@ def _blank(c, answer): return 'a message is empty' if not all(m['content'].strip
 
 def _cut_off(c, answer):
     if answer.count('```') % 2: return 'the answer leaves a block of code open'
-    return 'the answer ends in the middle of a sentence' if len(words_of(answer)) > 40 and re.search(r'[\w,;(\[]$', answer.strip()) and not re.search(r'\d$|\n[^\n]{1,40}$', answer.strip()) else ''
+    return 'the answer ends in the middle of a sentence' if len(words_of(answer)) > 40 and re.search(r'[\w,;(\[]$', answer.strip()) and not re.search(r'\d$|\n[^\n]{1,40}$|\n\s*([-*•]|\d+[.)])\s[^\n]*$|[\u0e00-\u0eff]$', answer.strip()) else ''
 
 @lru_cache
 def _identifier():

@@ -8,9 +8,11 @@ __all__ = ['log', 'EXAMPLE', 'READERS', 'PROMPTS', 'ANSWERS', 'CHATS', 'SPEAKERS
            'load_conversations', 'save_skipped', 'as_row', 'save_conversations', 'split', 'each_turn']
 
 # %% ../nbs/06_data.ipynb #c003
+import csv
 import json
 import logging
 import re
+import warnings
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +38,7 @@ def parse_json(
 ):                 # the value, or a `Broken`
     "JSON, or what is wrong with it, with its line in the file."
     try: return json.loads(text, parse_constant=lambda name: None)  # NaN and Infinity are no JSON
-    except json.JSONDecodeError as e: return Broken(text, f'is not JSON: {e.msg} in line {first_line + e.lineno}')
+    except ValueError as e: return Broken(text, f"is not JSON: {getattr(e, 'msg', e)} in line {first_line + getattr(e, 'lineno', 1)}")  # a number of thousands of digits is no `JSONDecodeError`
 
 # %% ../nbs/06_data.ipynb #c008
 def _read_text(path): return path.read_text(encoding='utf-8-sig')
@@ -58,12 +60,19 @@ def _rows_of(whole, path):
     lists = {k: v for k, v in whole.items() if isinstance(v, list)}
     if 'messages' in whole or not lists: return [whole]
     if len(whole) == len(lists) > 1 and len({len(v) for v in lists.values()}) == 1 and not any(isinstance(x, dict) for v in lists.values() for x in v): return [dict(zip(lists, cells)) for cells in zip(*lists.values())]
+    rows_in = [x for v in lists.values() for x in v if isinstance(x, dict) and shape_of(x)]
+    if not rows_in and any(isinstance(v, str) and k.lower() in PROMPTS for k, v in whole.items()): return [whole]  # a record of its own, with a list of tags or choices in it
     if len(lists) > 1: log.info('%s: read from key %r; there are %s too', path, *[next(iter(lists)), ', '.join(map(repr, [*lists][1:]))])
     return next(iter(lists.values()))
 
 def _read_csv(path):
     first = _read_text(path).partition('\n')[0]
-    try: rows = pd.read_csv(path, dtype=str, keep_default_na=False, encoding='utf-8-sig', sep=max(',;\t', key=first.count)).to_dict('records')
+    sign = '\t' if path.suffix.lower() == '.tsv' else max(',;\t', key=first.count)
+    try:
+        with warnings.catch_warnings():  # a row with more cells than the header has moves them all, and pandas hardly says so
+            warnings.simplefilter('error', pd.errors.ParserWarning)
+            rows = pd.read_csv(path, dtype=str, keep_default_na=False, encoding='utf-8-sig', sep=sign, index_col=False).to_dict('records')
+    except pd.errors.ParserWarning: raise BadInput('data', str(path), 'has rows with more cells than its header', 'Quote cells that hold commas or line breaks.') from None
     except (pd.errors.ParserError, pd.errors.EmptyDataError) as e: raise BadInput('data', str(path), f'is no CSV table: {str(e).strip()}', 'Quote cells that hold commas or line breaks.') from None
     return [{k.strip(): v for k, v in row.items() if v.strip()} for row in rows]
 
@@ -229,7 +238,7 @@ def save_skipped(
     "Keep the rows that could not be used."
     name, folder = Path(path).name.replace(':', '-').replace('#', '-'), Path(path).parent
     target = (folder if folder.is_dir() else Path('.')) / f'{name}.skipped.jsonl'
-    target.write_text(''.join(json.dumps(b, ensure_ascii=False, default=str) + '\n' for b in bad), encoding='utf-8')
+    target.write_text(''.join(json.dumps(b, ensure_ascii=False, default=str) + '\n' for b in bad), encoding='utf-8', errors='backslashreplace')  # half a letter, too
     return target
 
 # %% ../nbs/06_data.ipynb #c032
@@ -250,7 +259,7 @@ def save_conversations(
     path = Path(path); path.parent.mkdir(parents=True, exist_ok=True)
     rows = [dict(messages=list(c.messages), metadata=c.metadata) for c in conversations]
     dump = lambda x: json.dumps(x, ensure_ascii=False)
-    if path.suffix == '.csv': text = pd.DataFrame(map(as_row, conversations)).to_csv(index=False, lineterminator='\n')
+    if path.suffix == '.csv': text = pd.DataFrame(map(as_row, conversations)).to_csv(index=False, lineterminator='\n', quoting=csv.QUOTE_ALL)  # a lone carriage return would end a row otherwise
     elif path.suffix == '.json': text = '{"conversations": [\n' + ',\n'.join(map(dump, rows)) + '\n]}\n'
     elif path.suffix == '.jsonl': text = ''.join(dump(r) + '\n' for r in rows)
     else: raise BadInput('path', str(path), 'must end in .jsonl, .json or .csv', 'Choose one of these endings.')

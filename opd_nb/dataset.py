@@ -8,6 +8,7 @@ __all__ = ['JsonDict', 'HAS_NO', 'SynthSettings', 'generator_of', 'check_setting
 
 # %% ../nbs/07_dataset.ipynb #c003
 import base64
+import csv
 import html
 import io
 import json
@@ -88,7 +89,7 @@ def generator_of(
 ) -> SyntheticDataGenerator:
     "The generator that is meant."
     for name in HAS_NO[s.backend]:
-        if getattr(s, name): raise BadInput(name, getattr(s, name), f'is not for backend {s.backend}', f'Leave it out, or choose another backend{" (local takes --teacher)" if s.backend == "local" else ""}.')
+        if getattr(s, name): raise BadInput(name, '...' if name in ('key', 'options') else getattr(s, name), f'is not for backend {s.backend}', f'Leave it out, or choose another backend{" (local takes --teacher)" if s.backend == "local" else ""}.')
     options = {k: v for k in ('base_url', 'key', 'concurrency', 'per_minute', 'timeout', 'max_tokens', 'limits', 'options') if (v := getattr(s, k))}
     if s.prices: options['per_million'] = tuple(_numbers('prices', s.prices, 2))
     return SyntheticDataGenerator(s.backend, s.teacher or s.model, s.out, s.domain_name, s.question_model, questions, **options)
@@ -139,7 +140,7 @@ def plan_of(
         g.check(plan)
         made_folder(folder)
         (folder / 'plan.yaml').write_text(yaml.safe_dump(wish, sort_keys=False))
-        plan.to_csv(folder / 'plan.part', index=False)
+        plan.to_csv(folder / 'plan.part', index=False, quoting=csv.QUOTE_NONNUMERIC)
         (folder / 'plan.part').rename(folder / 'plan.csv')  # whole or not at all
     try: was = dict(yaml.safe_load((folder / 'plan.yaml').read_text())) if (folder / 'plan.yaml').exists() else {}
     except (yaml.YAMLError, TypeError, ValueError): raise BadInput('out', str(folder), 'has a plan.yaml that cannot be read', 'Delete that file; the plan itself is in plan.csv.') from None

@@ -65,7 +65,7 @@ class Store:
     def get(self,
         key: str,       # of `request_key`
     ) -> Reply | None:
-        found = self.db.execute('SELECT text, finish, model, input_tokens, output_tokens, dollars, time FROM replies WHERE key = ?', (key,)).fetchone()
+        found = self.db.execute("SELECT text, finish, model, input_tokens, output_tokens, dollars, time FROM replies WHERE key = ? AND NOT (finish = 'nothing' AND dollars IS NULL)", (key,)).fetchone()
         return found and Reply(*found)
 
     def put(self,
@@ -76,13 +76,20 @@ class Store:
         reply: Reply,             # as it arrived
     ) -> Reply:         # with its time
         reply = Reply(**asdict(reply) | dict(time=datetime.now(timezone.utc).isoformat(timespec='seconds')))
-        self.db.execute('INSERT INTO replies VALUES (?,?,?,?,?,?,?,?,?,?,?)', (key, kind, role, chars, *asdict(reply).values()))
+        self.db.execute('INSERT OR REPLACE INTO replies VALUES (?,?,?,?,?,?,?,?,?,?,?)', (key, kind, role, chars, *asdict(reply).values()))
         return reply
 
     def total(self) -> dict:
         "Replies, tokens and dollars so far; dollars is None if a price is unknown."
         n, i, o, d, unpriced = self.db.execute('SELECT count(*), total(input_tokens), total(output_tokens), total(dollars), total(dollars IS NULL) FROM replies').fetchone()
         return dict(replies=n, input_tokens=int(i), output_tokens=int(o), dollars=None if unpriced else d)
+
+    def spent(self,
+        worst,          # function of (model, tokens read): most dollars that a reply of unknown price can have cost
+    ) -> float:
+        "Dollars so far, with the worst for replies that came without a count of their tokens."
+        untold = self.db.execute('SELECT model, max(input_tokens, prompt_chars / 2) FROM replies WHERE dollars IS NULL').fetchall()
+        return self.db.execute('SELECT total(dollars) FROM replies').fetchone()[0] + sum(worst(m, n) for m, n in untold)
 
     def close(self): self.db.close()
 
@@ -232,7 +239,7 @@ class Endpoint:
     def tell(self,
         error: Exception,         # of the SDK
     ) -> str:             # what it says, without the key
-        return f'{type(error).__name__}: {str(error)[:300]}'.replace(self.secret.get_secret_value() or '\0', '***')
+        return f'{type(error).__name__}: ' + str(error).replace(self.secret.get_secret_value() or '\0', '***')[:300]  # hidden first, and cut then
 
 # %% ../nbs/07_replies.ipynb #c028
 def as_reply(
@@ -244,9 +251,11 @@ def as_reply(
     choice = got.choices[0] if getattr(got, 'choices', None) else None
     message, usage = getattr(choice, 'message', None), getattr(got, 'usage', None)
     refusal, text = getattr(message, 'refusal', None), getattr(message, 'content', None)
-    tokens = [getattr(usage, k, None) or 0 for k in ('prompt_tokens', 'completion_tokens')]
-    finish = 'refusal' if refusal else choice.finish_reason or 'stop' if choice else 'nothing'
-    return Reply(refusal or text or '', finish, model, *tokens, endpoint.cost(model, *tokens) if usage else None)
+    if isinstance(text, list): text = ''.join(x.get('text') or '' for x in text if isinstance(x, dict))  # in parts
+    tokens = [n if isinstance(n := getattr(usage, k, None), int) else 0 for k in ('prompt_tokens', 'completion_tokens')]
+    if not choice and not any(tokens): raise SetAside(f"no reply: {endpoint.tell(ValueError(getattr(got, 'error', None) or 'nothing came'))}", again=True)  # gateways say 200 and mean 502
+    whole = str(refusal or text or '').encode('utf-8', 'replace').decode()  # half a letter cannot be kept
+    return Reply(whole, 'refusal' if refusal else choice.finish_reason or 'stop' if choice else 'nothing', model, *tokens, endpoint.cost(model, *tokens) if any(tokens) else None)
 
 # %% ../nbs/07_replies.ipynb #c031
 async def whole(
