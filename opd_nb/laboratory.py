@@ -130,7 +130,7 @@ def work(
     folder.mkdir(parents=True, exist_ok=True); cache.mkdir(parents=True, exist_ok=True)
     left = lambda: [r for r in queue(budget) if (only is None or only(*r)) and not finished(r, folder, budget, trials)]
     made = True
-    while made:  # again, for runs whose rate was not known when it was their turn
+    while made:  # from the beginning after each run: it may have decided on the rate of an earlier one
         made = False
         for run in left():
             if time.time() > end: return len(left())
@@ -143,6 +143,7 @@ def work(
                 continue
             made = True
             tell(f'{name}: {time.time() - start:.0f} s, {len(left())} left')
+            break
     return len(left())
 
 # %% ../nbs/12_laboratory.ipynb #l007
