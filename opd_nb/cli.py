@@ -92,6 +92,7 @@ def demo(
     for p in found.values(): parser.add_argument('--' + p['name'].replace('_', '-'), metavar='VALUE', help=f"{(p['help'] or '').strip()} [default {p['default']}]".replace('%', '%%'))
     given = {k: literal(v) for k, v in vars(parser.parse_args(argv)).items() if v is not None}
     folder = Path(given.get('output_dir') or 'outputs/quickstart').resolve()
+    os.environ.setdefault('OMP_NUM_THREADS', str(max(1, min(4, (os.cpu_count() or 2) // 2))))
     out = run_notebook('quickstart', given | dict(output_dir=str(folder)), folder)
     m = json.loads((folder / 'metrics.json').read_text())
     for label, path in (('notebook', out), ('metrics', folder / 'metrics.json'), ('report', folder / 'report.html'), ('student', folder / 'run' / 'final')): print(f'{label:9} {path}')
