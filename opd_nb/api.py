@@ -141,7 +141,7 @@ class APITeacher:
     def sizes(self,
         messages: list,  # a prompt
     ):                   # function of a text: tokens that a request with this prompt and text reads
-        "How large requests are; about a quarter of the letters where the tokenizer is not known."
+        "How large requests are; about a third of the bytes where the tokenizer is not known."
         if not self.codec: return lambda text: (sum(len(str(m.get('content')).encode()) for m in messages) + len(text.encode())) // 3 + 8  # in scripts with three bytes to a letter, a token is hardly more than one
         P = len(self.codec.prompt(messages))
         return lambda text: P + len(self.codec.write(text.encode(), False)[0])

@@ -150,7 +150,9 @@ def same_run(
     "Refuse settings that the checkpoint cannot go on with."
     path = config.output_dir / 'config.yaml'
     if not path.is_file() or not newest_checkpoint(config.output_dir): return
-    was, now = yaml.safe_load(path.read_text(encoding='utf-8')), config.model_dump(mode='json')
+    try: was = yaml.safe_load(path.read_text(encoding='utf-8')) or {}
+    except yaml.YAMLError: return  # damaged: it says nothing
+    now = config.model_dump(mode='json')
     for k in FIXED:
         if k.startswith('lora_') and not config.lora: continue
         if k in was and was[k] != now[k]: raise BadInput(k, now[k], f'must be {was[k]!r}, as in the run that is resumed', 'Leave it as it was, or begin a new run in another folder.')

@@ -31,6 +31,7 @@ class Question:
 class Malformed(ValueError): "An answer that is not what was asked for."
 class Refused(ValueError): "The endpoint will not answer this question, and says why."
 
+# %% ../nbs/05_client.ipynb #s002
 def strictly(
     read,        # makes something of an answer
 ):               # the same, with `Malformed` for an answer of any other form

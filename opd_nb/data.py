@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['log', 'EXAMPLE', 'READERS', 'PROMPTS', 'ANSWERS', 'CHATS', 'SPEAKERS', 'ROLES', 'SPOKEN', 'MAKERS', 'Broken',
-           'parse_json', 'datasets_rows', 'read_rows', 'shape_of', 'as_message', 'turns', 'as_conversation',
-           'load_conversations', 'save_skipped', 'as_row', 'save_conversations', 'split', 'each_turn']
+           'parse_json', 'read_table', 'datasets_rows', 'read_rows', 'shape_of', 'as_message', 'turns',
+           'as_conversation', 'load_conversations', 'save_skipped', 'as_row', 'save_conversations', 'split',
+           'each_turn']
 
 # %% ../nbs/06_data.ipynb #c003
 import csv
@@ -65,14 +66,20 @@ def _rows_of(whole, path):
     if len(lists) > 1: log.info('%s: read from key %r; there are %s too', path, *[next(iter(lists)), ', '.join(map(repr, [*lists][1:]))])
     return next(iter(lists.values()))
 
+def read_table(
+    path: Path,      # CSV file
+    sep: str = ',',  # between cells
+) -> pd.DataFrame:   # all cells as text
+    "A table none of whose rows has more cells than its header; pandas would move them all by one, and hardly say so."
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', pd.errors.ParserWarning)
+        try: return pd.read_csv(path, dtype=str, keep_default_na=False, encoding='utf-8-sig', sep=sep, index_col=False)
+        except pd.errors.ParserWarning: raise pd.errors.ParserError('a row has more cells than its header') from None
+
 def _read_csv(path):
     first = _read_text(path).partition('\n')[0]
     sign = '\t' if path.suffix.lower() == '.tsv' else max(',;\t', key=first.count)
-    try:
-        with warnings.catch_warnings():  # a row with more cells than the header has moves them all, and pandas hardly says so
-            warnings.simplefilter('error', pd.errors.ParserWarning)
-            rows = pd.read_csv(path, dtype=str, keep_default_na=False, encoding='utf-8-sig', sep=sign, index_col=False).to_dict('records')
-    except pd.errors.ParserWarning: raise BadInput('data', str(path), 'has rows with more cells than its header', 'Quote cells that hold commas or line breaks.') from None
+    try: rows = read_table(path, sign).to_dict('records')
     except (pd.errors.ParserError, pd.errors.EmptyDataError) as e: raise BadInput('data', str(path), f'is no CSV table: {str(e).strip()}', 'Quote cells that hold commas or line breaks.') from None
     return [{k.strip(): v for k, v in row.items() if v.strip()} for row in rows]
 

@@ -132,8 +132,8 @@ def work(
     made = True
     while made:  # from the beginning after each run: it may have decided on the rate of an earlier one
         made = False
-        for run in left():
-            if time.time() > end: return len(left())
+        for run in (todo := left()):
+            if time.time() > end: return len(todo)
             if run in broken: continue
             start, name = time.time(), '-'.join(map(str, run))
             try:
@@ -142,7 +142,7 @@ def work(
                 broken.add(run); tell(f'{name}: failed, {type(e).__name__}: {e}')
                 continue
             made = True
-            tell(f'{name}: {time.time() - start:.0f} s, {len(left())} left')
+            tell(f'{name}: {time.time() - start:.0f} s, {len(todo) - 1} left')
             break
     return len(left())
 

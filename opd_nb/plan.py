@@ -11,7 +11,6 @@ __all__ = ['KINDS', 'Weight', 'Weights', 'Some', 'Topics', 'Voices', 'PLAN_NUMBE
 import json
 import random
 import re
-import warnings
 from dataclasses import dataclass
 from importlib.resources import files
 from math import ceil, inf
@@ -23,6 +22,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
+from .data import read_table
 from .types import BadInput, unknown
 
 # %% ../nbs/07_plan.ipynb #c006
@@ -143,11 +143,7 @@ def read_plan(
 ) -> pd.DataFrame:
     "A plan from its file."
     wrong = lambda allowed, remedy: BadInput('plan', str(path), allowed, remedy)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('error', pd.errors.ParserWarning)
-            plan = pd.read_csv(path, keep_default_na=False, dtype=str, encoding='utf-8-sig', index_col=False)
-    except pd.errors.ParserWarning: raise wrong('has rows with more cells than its header', 'Quote cells that hold commas, or delete it, and the same plan is drawn again.') from None
+    try: plan = read_table(path)
     except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as e: raise wrong(f'is no CSV table in UTF-8 ({str(e).strip()})', 'Mend it, or delete it, and the same plan is drawn again.') from None
     if missing := {*PLAN_NUMBERS, *PLAN_TEXTS} - set(plan): raise wrong(f'has no column {", ".join(sorted(missing))}', 'Keep all columns of the plan, with commas between; a question may stay empty.')
     if not len(plan): raise wrong('has no rows', 'Delete it, and the same plan is drawn again.')

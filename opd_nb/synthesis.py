@@ -43,12 +43,13 @@ def generate_local(
                 bar.update(len(asked) - len(open_rows))
     return made
 
-# %% ../nbs/07_synthesis.ipynb #c007
+# %% ../nbs/07_synthesis.ipynb #y001
 def away(
     spec: str,   # of a teacher
 ) -> bool:       # it is behind an address, where somebody may be paid
     return spec.startswith(('api:', 'openrouter:'))
 
+# %% ../nbs/07_synthesis.ipynb #c007
 def local_round(
     teacher,           # of `load_teacher`
     name: str,         # its spec

@@ -230,7 +230,7 @@ def train(
     if state.is_main_process:
         config.save(config.output_dir / 'config.yaml')
         run.trackers, run.show = Trackers(config, config.output_dir, run.step), show
-    start = time.perf_counter()
+    start, begun = time.perf_counter(), run.step
     with tqdm(total=config.max_steps, initial=run.step, desc='distil', disable=not (progress and state.is_main_process), mininterval=1) as bar:
         while True:
             try:
@@ -241,7 +241,7 @@ def train(
             except (TeacherGone, BadInput) as e: raise paused(run, e) from None
             if run.failed >= FAILURES: raise failing(run)
             bar.update(); bar.set_postfix(loss=f"{figures['loss']:.3f}", overlap=f"{figures.get('overlap', 0):.2f}", refresh=False)
-    if run.step and not (config.output_dir / f'step-{run.step}').is_dir(): save_student(run, f'step-{run.step}')  # for whoever wants more steps
+    if run.step > begun: save_student(run, f'step-{run.step}')  # for whoever wants more steps
     final = save_student(run, 'final')
     if run.trackers: run.trackers.close()
     best = config.output_dir / 'best'
