@@ -63,6 +63,7 @@ ARMS = dict(
     sft_few=Arm(dict(method='sft'), 'sft', ('crossing',), 500),
     kd_few=Arm(dict(method='kd', loss='cover'), 'kd', ('crossing',), 500),
     cover_few=on_policy('cover', ('crossing',), prompts=500, loss='cover'),
+    sft_cover=on_policy('cover', ('crossing',), loss='cover', cold_start_steps=150),
     gold_default=on_policy('gold_default', ('crossing',), temperature=.9, top_p=.95, loss='gold_trl', beta=.5, lam=.5),
     uld_sft=Arm(dict(method='kd', loss='uld', lambda_sft=1.), 'uld_sft', ('crossing',)),
     gkd=on_policy('cover', ('same',), loss='gkd'),
@@ -215,12 +216,13 @@ class Meter:
 def split(
     figures: dict,      # of `train_step`
     config: OPDConfig,  # of the run
+    step: int,          # how many there are with this one
     took: float,        # processor seconds of the step
     asked: float,       # of them, the teacher's
     answers: float,     # seconds that the reference answers of a step took, where they are read the first time
 ) -> tuple:             # seconds of rollouts, of the teacher, of the student
     "Who a step was paid for."
-    read = answers * {'sft': 1, 'kd': 1, 'grpo': 0}.get(config.method, 1 - config.lam)
+    read = answers * (1 if step <= config.cold_start_steps else {'sft': 1, 'kd': 1, 'grpo': 0}.get(config.method, 1 - config.lam))
     writing = took * figures['seconds_writing'] / max(figures['seconds'], 1e-9) if config.method in ('opd', 'grpo') else 0.
     return writing, asked + read, took - asked - writing
 
@@ -263,7 +265,7 @@ def experiment(
         f = train_step(run)
         took, asked = time.thread_time() - start, timed.seconds - before
         follow(average, run.student.model, run.step)
-        if due := meter.add(round(f['length'] * budget.batch), *split(f, config, took, asked, each * budget.batch * (run.step * budget.batch <= prompts))):
+        if due := meter.add(round(f['length'] * budget.batch), *split(f, config, run.step, took, asked, each * budget.batch * (run.step * budget.batch <= prompts))):
             meter.read(due, judged(run, average, puzzles), **noted(run, f))
     if short := [k for k in meter.done if k not in meter.at]: meter.read(short, judged(run, average, puzzles), cut=True, **noted(run, f))
     return dict(arm=arm, pair=pair, seed=seed, budget=asdict(budget), settings=dict(learning_rate=rate) | ARMS[arm].settings, steps=run.step, marks=meter.marks, at=meter.at, wall=round(time.perf_counter() - wall, 1), **where(config.student))
