@@ -81,7 +81,7 @@ def first_and_last(
     return [{'figure': f.replace('_', ' '), 'first steps': mean(xs[:n]), 'last steps': mean(xs[-n:]), 'meaning, and a good run': GUIDE[f]} for f, xs in have.items() if xs]
 
 # %% ../nbs/09_run_report.ipynb #c017
-PHASES = dict(seconds_writing='the student writes', seconds_rollout='the student writes', seconds_teacher='the teacher reads', seconds_student='the student reads and learns')
+PHASES = dict(seconds_writing='the student writes', seconds_teacher='the teacher reads', seconds_student='the student reads and learns')
 
 def time_by_phase(
     events: list,  # of a run
