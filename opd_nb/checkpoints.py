@@ -153,9 +153,10 @@ def same_run(
     try: was = yaml.safe_load(path.read_text(encoding='utf-8')) or {}
     except yaml.YAMLError: return  # damaged: it says nothing
     now = config.model_dump(mode='json')
+    place = lambda k, x: Path(x).resolve() if k == 'student' and x and Path(x).is_dir() else x  # one folder has many spellings
     for k in FIXED:
         if k.startswith('lora_') and not config.lora: continue
-        if k in was and was[k] != now[k]: raise BadInput(k, now[k], f'must be {was[k]!r}, as in the run that is resumed', 'Leave it as it was, or begin a new run in another folder.')
+        if k in was and place(k, was[k]) != place(k, now[k]): raise BadInput(k, now[k], f'must be {was[k]!r}, as in the run that is resumed', 'Leave it as it was, or begin a new run in another folder.')
 
 # %% ../nbs/09_checkpoints.ipynb #c021
 def go_on(

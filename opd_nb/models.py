@@ -120,7 +120,8 @@ def with_arguments(
     "A tokenizer whose chat template has its arguments set."
     if not arguments: return tok
     if not tok.chat_template: raise BadInput('teacher_template', arguments, 'cannot be used: this tokenizer has no chat template', 'Leave it out.')
-    tok.chat_template = ''.join('{%- set ' + f'{k} = {v!r}' + ' -%}' for k, v in arguments.items()) + tok.chat_template
+    first, have = ''.join('{%- set ' + f'{k} = {v!r}' + ' -%}' for k, v in arguments.items()), tok.chat_template
+    tok.chat_template = {name: first + text for name, text in have.items()} if isinstance(have, dict) else first + have  # some have one for tools beside the usual one
     return tok
 
 # %% ../nbs/05_models.ipynb #c037
