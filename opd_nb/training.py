@@ -148,7 +148,7 @@ def monitored(
     asked, mode = run.config.monitor, run.config.monitor_mode
     name = next(n for n in (asked.removeprefix('val_'), 'reward', 'mark', 'loss') if figures.get(n) is not None)
     if name == asked.removeprefix('val_'): return asked, mode, name, mode == 'max'
-    log.warning('monitor = %r is no figure of this run, so the %s decides; there are %s', asked, 'lowest loss' if name == 'loss' else f'highest {name}', ', '.join(k for k in figures if k not in ('event', 'step')))
+    if run.state.is_main_process: log.warning('monitor = %r is no figure of this run, so the %s decides; there are %s', asked, 'lowest loss' if name == 'loss' else f'highest {name}', ', '.join(k for k in figures if k not in ('event', 'step')))
     return asked, mode, name, name != 'loss'
 
 # %% ../nbs/09_training.ipynb #v001
