@@ -60,8 +60,8 @@ def continued(
     "The joined text in the student's tokens."
     n = sum(e <= s.start for e in r.ends)
     at = r.ends[n - 1] if n else 0
-    text = s.data[at:].decode(errors='replace')
-    ids, ends = codec.bytes.encode(text) if text else ([], [])
+    if at: ids, ends = codec.bytes.encode(s.data[at:].decode(errors='replace'))
+    else: n, (ids, ends) = 0, codec.write(s.data, False)  # an answer begins with what its template leads into
     stop = [codec.stop_ids[0]] if s.stopped else []
     return replace(r, ids=(*r.ids[:n], *ids, *stop), ends=(*r.ends[:n], *(at + int(e) for e in ends), *([len(s.data) + 1] if stop else [])), data=s.data, stopped=s.stopped, on_policy=False, logprobs=None)
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PIECE_BYTES', 'LOSS_BYTES', 'LOSSES', 'DEFAULT_LOSS', 'Side', 'Listed', 'teacher_side', 'add_product', 'piece_bounds',
            'inside', 'compact', 'LossOutput', 'Piece', 'over_pieces', 'score_weights', 'Registered', 'register_loss',
-           'get_loss', 'led', 'refusal']
+           'get_loss', 'refusal']
 
 # %% ../nbs/04_engine.ipynb #c003
 import inspect
@@ -15,8 +15,9 @@ import numpy as np
 import torch
 
 from .alignment import Alignment
+from .questions import led, unread
 from .types import BadInput, Dense, Head, Signal, Sparse, Written, unknown
-from .vocab import VocabMap
+from .vocab import VocabMap, same_vocabulary
 
 # %% ../nbs/04_engine.ipynb #c006
 @dataclass(frozen=True)
@@ -316,29 +317,18 @@ def get_loss(
     loss = LOSSES[name]
     if loss.same_vocab and not vocab.identical:
         others = ', '.join(k for k, x in LOSSES.items() if not x.same_vocab)
-        raise BadInput('loss', name, 'needs one vocabulary, but student and teacher have different ones', f'Choose one that aligns bytes: {others}.')
+        differ = f'end a turn with different tokens: {set(vocab.stops[0])} and {set(vocab.stops[1])}' if None not in vocab.tokens and same_vocabulary(*vocab.tokens) else 'have different ones'
+        raise BadInput('loss', name, f'needs one vocabulary, but student and teacher {differ}', f'Choose one that aligns bytes: {others}.')
     mine = {k: v for k, v in options.items() if k in inspect.signature(loss.fn).parameters}
     def checked(student, teacher, alignment):
         if loss.needs not in teacher.gives: raise refusal(name, teacher)
         if loss.needs in ('dense', 'listed') and None not in vocab.tokens:  # those that compare distributions
             s, t = (led(side.ids, ends, alignment.stride, tokens) for side, ends, tokens in zip((student, teacher), (alignment.student_ends, alignment.teacher_ends), vocab.tokens))
-            alignment = alignment.select(s[alignment.student_start] == t[alignment.teacher_start])
+            silent = np.append(0, unread(student.ids, vocab).cpu().numpy().cumsum())
+            alignment = alignment.select((s[alignment.student_start] == t[alignment.teacher_start]).all(-1) & (silent[alignment.student_start + alignment.student_len] == silent[alignment.student_start]))
         return loss.fn(student, teacher, alignment, vocab, **mine)
     checked.name = name
     return checked
-
-# %% ../nbs/04_engine.ipynb #c043
-def led(
-    ids: torch.Tensor,  # [N] realised tokens
-    ends: np.ndarray,   # [N] laid-out ends, see `Alignment`
-    stride: int,        # of the alignment
-    tokens,             # `TokenBytes` of that side
-) -> np.ndarray:        # [N] bytes of the template that the token begins with, 0 almost everywhere
-    "First tokens of a turn that hold more than the answer's bytes, as `▁The` does where the template writes a blank before it."
-    row = ends // stride
-    start = np.where(np.diff(row, prepend=-1) != 0, row * stride, np.roll(ends, 1))
-    n, whole = ends - start, tokens.lengths[ids.cpu().numpy()]
-    return np.where((start % stride == 0) & (n > 0) & (n < whole), whole - n, 0)
 
 # %% ../nbs/04_engine.ipynb #c046
 def refusal(

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 
 from .alignment import Alignment
-from .engine import LossOutput, Piece, Side, led, over_pieces, register_loss
+from .engine import LossOutput, Piece, Side, over_pieces, register_loss
 from .losses import FLOOR, gkd, jsd
 from .projections import Prefixes, Spellings, once, prefixes
+from .questions import led
 from .types import unknown
 from .vocab import VocabMap
 
@@ -91,7 +92,7 @@ def governed(
         row = int(a.student_ends[p] // a.stride)
         if g == a.n_teacher or a.teacher_ends[g] // a.stride != row: lost += 1; continue
         inside, stop, its_stop = said.start[0][p] > said.start[1][g], student_ids[p] in vocab.stops[0], teacher_ids[g] in vocab.stops[1]
-        if leads[0][p] != leads[1][g] or stop != its_stop or (inside and (stop or not said.exact[g])): lost += 1  # a lead: one side's first token begins in its template
+        if (leads[0][p] != leads[1][g]).any() or stop != its_stop or (inside and (stop or not said.exact[g])): lost += 1  # a lead: one side's first token begins in its template
         elif not blanks and said.wrote[p] and not said.wrote[p].strip(b' \t'): blank += 1
         else: out.append((p, g, row))
     return out, blank, lost

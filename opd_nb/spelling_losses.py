@@ -16,6 +16,7 @@ from .engine import LossOutput, Side, over_pieces, register_loss
 from .losses import gkd, jsd, merge_chunks, with_rest
 from .prefix_losses import begins, columns
 from .projections import Prefixes, Spellings, once, prefixes, sub_tokens
+from .questions import led
 from .types import unknown
 from .vocab import VocabMap
 
@@ -73,16 +74,23 @@ def escd(
     of, first = torch.as_tensor(gr.of, device=device), columns(px.phi[px.start[:-1]], len(px.student), device)
     event_of = {i: px.student.index(vocab.tokens[0].table[i]) for i in set(student.ids.tolist())}
     starts = [np.searchsorted(ends, begins(ends, alignment.stride)[start], side='right') for ends, start in ((alignment.student_ends, alignment.student_start), (alignment.teacher_ends, alignment.teacher_start))]  # past tokens without bytes
+    leads = [led(side.ids, ends, alignment.stride, tokens)[start] for side, ends, tokens, start in zip((student, teacher), (alignment.student_ends, alignment.teacher_ends), vocab.tokens, starts)]
+    alike = (leads[0] == leads[1]).all(-1)
+    alignment, starts = alignment.select(alike), [x[alike] for x in starts]
     more = np.append(np.diff(alignment.student_ends // alignment.stride) == 0, False)[starts[0]]  # has a next position
     units = replace(alignment, student_start=starts[0], student_len=1 + more, teacher_start=starts[1], teacher_len=np.ones_like(alignment.teacher_len))
+
+    def roots(t, p):
+        "With a teacher that lists, what is not in its list is one event on both sides."
+        return jsd(with_rest(t), with_rest(p if 'dense' in teacher.gives else p.masked_fill(t <= -1e3, -1e4)), beta)
 
     def value(s, q, piece):
         p, q, r = s.log_softmax(-1), q[piece.teacher_start], piece.student_start
         qe = t_events.gather(q).exp()
-        if root == 'exact': out = jsd(with_rest(here.teacher.gather(q)), with_rest(here.student.gather(p[r])), beta)
+        if root == 'exact': out = roots(here.teacher.gather(q), here.student.gather(p[r]))
         else:
             t = q.new_zeros(len(q), len(px.student) + 3).scatter_add(1, first.expand(len(q), -1), qe)[:, :len(px.student)].log()
-            out = jsd(with_rest(torch.cat([t, q[:, t_stops].logsumexp(-1, keepdim=True)], -1)), with_rest(torch.cat([s_events.gather(p[r]), p[r][:, s_stops].logsumexp(-1, keepdim=True)], -1)), beta)
+            out = roots(torch.cat([t, q[:, t_stops].logsumexp(-1, keepdim=True)], -1), torch.cat([s_events.gather(p[r]), p[r][:, s_stops].logsumexp(-1, keepdim=True)], -1))
         mass = q.new_zeros(len(q), len(gr.roots) + 1).scatter_add(1, of.expand(len(q), -1), qe)
         next_, found = (piece.student_len == 2).nonzero()[:, 0], [children(gr, px, event_of[i]) for i in piece.student_ids[r].tolist()]
         found = [(np.full(len(found[u][0]), n), np.full(len(found[u][0]), u), *found[u]) for n, u in enumerate(next_.tolist())]
