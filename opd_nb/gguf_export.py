@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from .gguf_file import installed
-from .models import LM
+from .models import LM, merged
 from .tokens import components, spelling_of
 from .types import BadInput, unknown
 
@@ -191,7 +191,7 @@ def add_ends(
     some = tok('x')['input_ids']
     writer.add_add_bos_token(tok.bos_token_id is not None and some[0] == tok.bos_token_id)
     if some[-1] == tok.eos_token_id: writer.add_add_eos_token(True)
-    if tok.chat_template: writer.add_chat_template(tok.chat_template)
+    if tok.chat_template: writer.add_chat_template(tok.get_chat_template())  # the usual one, where there are several
 
 # %% ../nbs/13_gguf.ipynb #c030
 FILE_TYPES = dict(f32=0, f16=1, q8_0=7, q4_k_m=15)  # llama.cpp's `llama_ftype`
@@ -237,7 +237,7 @@ def export_gguf(
     "A student as a GGUF file. Adapters are merged into their base first."
     if quant not in FILE_TYPES: raise unknown('quant', quant, FILE_TYPES)
     lm = student if isinstance(student, LM) else LM.load(str(student), dtype='float32', device='cpu')
-    if hasattr(lm.model, 'merge_and_unload'): lm = LM(copy.deepcopy(lm.model).merge_and_unload(), lm.codec, lm.path)
+    if hasattr(lm.model, 'merge_and_unload'): lm = merged(LM(copy.deepcopy(lm.model), lm.codec, lm.path))
     path, parts = Path(path), [Path(f'{path}.float.part'), Path(f'{path}.part')]
     path.parent.mkdir(parents=True, exist_ok=True)
     try:

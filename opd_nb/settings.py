@@ -75,7 +75,7 @@ class TeacherSettings(BaseModel):
     teacher_n_ctx: int = setting(2048, 'Context of a GGUF teacher.', 'tokens', ge=1)
     teacher_n_threads: int | None = setting(None, 'Threads of a GGUF teacher; what llama.cpp takes, if not set.', 'threads', ge=1)
     teacher_mode: Literal['auto', 'prompt_logprobs', 'sglang', 'llama_cpp', 'echo', 'prefix_walk', 'continuation', 'sequence'] = setting('auto', 'How an API teacher is asked; auto takes the first that its probe finds faithful.')
-    teacher_top_k: int = setting(50, 'Likeliest tokens asked for at each position of an API or GGUF teacher; an endpoint may give fewer.', 'tokens', ge=0)
+    teacher_top_k: int = setting(50, 'Likeliest tokens asked for at each position of an API teacher, which may give fewer; a GGUF teacher gives whole rows unless this is set.', 'tokens', ge=0)
     teacher_tokenizer: str | None = setting(None, 'Folder or Hub id with the tokenizer of an API teacher; what the endpoint names, if not set.')
     teacher_positions: int | None = setting(None, 'Positions of a completion that a prefix walk asks about; all if not set.', 'tokens', ge=1)
     teacher_api_key: SecretStr | None = setting(None, 'Key of the backend api.')
