@@ -17,7 +17,7 @@ from .config import OPDConfig
 from .endpoints import Echo, LlamaCpp, Names, PromptLogprobs, Rows, SGLang, need
 from .modes import Continuation, PrefixWalk, Sequence, choice
 from .models import with_arguments
-from .probe import choose, findings
+from .probe import choose, findings, same_model
 from .spending import Estimate, TeacherGone
 from .teachers import Capabilities, register_teacher, secret
 from .tokens import ChatCodec
@@ -205,7 +205,8 @@ def connect(
     cache = Answers(config.teacher_cache)
     model = model or Endpoint(url, '', key, cache, **settings).entry().get('id', '')
     at = Endpoint(url, model, key, cache, extra=extra, limit=config.teacher_max_dollars, **settings, **options)
-    teacher = APITeacher(at, find_codec(at, config), config.teacher_mode, config.teacher_top_k, config.teacher_positions, config.max_new_tokens)
+    same_model(at, codec := find_codec(at, config), config.teacher_top_k)
+    teacher = APITeacher(at, codec, config.teacher_mode, config.teacher_top_k, config.teacher_positions, config.max_new_tokens)
     print(teacher, flush=True)
     return teacher
 

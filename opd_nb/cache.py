@@ -9,6 +9,8 @@ __all__ = ['TABLE', 'question_key', 'default_cache', 'Answers']
 import hashlib, json, os, sqlite3, threading, zlib
 from pathlib import Path
 
+from .types import BadInput
+
 # %% ../nbs/05_cache.ipynb #c006
 def question_key(
     url: str,    # address of the endpoint
@@ -16,7 +18,7 @@ def question_key(
     body: dict,  # the request as it is sent
 ) -> str:        # 64 hexadecimal digits
     "Name of a request; equal requests have equal names, whatever the order of their fields."
-    return hashlib.sha256(json.dumps([url, path, body], sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([url, path, body], sort_keys=True, ensure_ascii=False).encode('utf-8', 'surrogatepass')).hexdigest()  # half a letter is a letter of JSON
 
 # %% ../nbs/05_cache.ipynb #c009
 def default_cache() -> Path:
@@ -33,8 +35,10 @@ class Answers:
         path: str | Path | None = None,  # the file; `default_cache()` if not set
     ):
         self.path, self.local = Path(path or default_cache()).expanduser(), threading.local()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
+        except OSError as e: raise self.unusable(e.strerror) from None
         self.run(TABLE)
 
     @property
@@ -46,7 +50,12 @@ class Answers:
             self.local.db.execute('PRAGMA synchronous = NORMAL')  # a killed process loses nothing; a power cut may lose the last answers
         return self.local.db
 
-    def run(self, sql: str, *values) -> list: return self.db.execute(sql, values).fetchall()
+    def run(self, sql: str, *values) -> list:
+        try: return self.db.execute(sql, values).fetchall()
+        except sqlite3.DatabaseError as e: raise self.unusable(e) from None
+
+    def unusable(self, why) -> BadInput:
+        return BadInput('teacher_cache', str(self.path), f'cannot be used ({why})', 'Set TEACHER_CACHE to another file. If this one is damaged, delete it; what was in it is asked again.')
 
     def get(self,
         key: str,      # see `question_key`
@@ -64,7 +73,7 @@ class Answers:
         dollars: float | None = None,  # what it cost; None where the price is unknown
     ):
         "Keep an answer. It is on its way to the disk when this returns."
-        packed = zlib.compress(json.dumps(answer, ensure_ascii=False, separators=(',', ':')).encode(), 6)
+        packed = zlib.compress(json.dumps(answer, ensure_ascii=False, separators=(',', ':')).encode('utf-8', 'surrogatepass'), 6)
         self.run('INSERT OR REPLACE INTO answers (key, model, answer, tokens_in, tokens_out, dollars) VALUES (?, ?, ?, ?, ?, ?)', key, model, packed, tokens_in, tokens_out, dollars)
 
     def clear(self,

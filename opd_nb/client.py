@@ -115,6 +115,7 @@ class Wire:
             used = counted(answer, question)
             return answer
         except json.JSONDecodeError: used = question.tokens_in, question.tokens_out; raise Malformed('half a JSON document') from None  # and probably billed
+        except UnicodeEncodeError: raise Refused('its text holds half a letter (a lone surrogate), which cannot be sent') from None
         except (openai.BadRequestError, openai.UnprocessableEntityError) as e: raise Refused(said(e, hidden)) from None
         except openai.APIStatusError as e: raise self.gone_for(e.status_code, said(e, hidden)) from None
         except openai.APITimeoutError: used = question.tokens_in * (attempts + 1), question.tokens_out * (attempts + 1); raise self.gone_for(0, 'no answer in time') from None  # a server that is slow may well have answered, and bills it
@@ -161,15 +162,28 @@ class Endpoint(Wire):
                 finally: bar.update(); bar.set_postfix_str(str(self.meter), refresh=False)
             return await asyncio.gather(*map(one, work), return_exceptions=True)
 
+    def named(self, question: Question) -> tuple:  # key, body
+        "What a question is called in the cache, and what is sent."
+        body = ({'model': self.model} if self.model else {}) | self.extra | question.body
+        return question_key(self.root if question.root else self.url, question.path, body), body
+
+    def again(self,
+        question: Question,
+    ) -> tuple | None:   # the answer that is kept and a new one; None if there is none of one of them
+        "What is answered now to a question that was asked before. The new answer is not kept."
+        key, body = self.named(question)
+        if (kept := self.cache.get(key)) is None: return None
+        try: now, = self.run([self.send(question, body, 0)])
+        except TeacherGone: return None
+        return None if isinstance(now, Refused) else (kept, now)
+
     async def ask(self,
         question: Question,
         read=lambda answer: answer,  # makes something of the answer, or raises `Malformed`
         attempts: int | None = None, # how often a failed request is repeated; as the endpoint was told if not set
     ):                               # what `read` made of it
         "The answer to a question, from the cache if it was ever asked before."
-        body = ({'model': self.model} if self.model else {}) | self.extra | question.body
-        key = question_key(self.root if question.root else self.url, question.path, body)
-        read = strictly(read)
+        key, body, read = *self.named(question), strictly(read)
         while key in self.under_way: await asyncio.wait([self.under_way[key]])
         if (kept := self.cache.get(key)) is not None:
             try: value = read(kept)

@@ -48,6 +48,12 @@ class LivePlot:
         if self.handle: self.handle.update(Image(out.getvalue()))
         else: self.handle = display(Image(out.getvalue()), display_id=True)
 
+    @property
+    def ended(self) -> bool:
+        "Whether the run in the folder has its final student; one that is older than the log is of the run that was resumed."
+        final, log = (Path(self.source) / name for name in ('final', 'log.jsonl'))
+        return final.is_dir() and (not log.exists() or final.stat().st_mtime >= log.stat().st_mtime)
+
     def follow(self,
         seconds: float = 5,            # between two looks
         until: float = float('inf'),   # seconds after which to stop looking
@@ -56,5 +62,5 @@ class LivePlot:
         start = time.monotonic()
         while True:
             self.draw()
-            if (Path(self.source) / 'final').is_dir() or time.monotonic() - start > until: return
+            if self.ended or time.monotonic() - start > until: return
             time.sleep(seconds)

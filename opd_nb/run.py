@@ -9,6 +9,7 @@ __all__ = ['log', 'Run', 'load_student', 'add_lora', 'make_optimizers', 'make_sc
 # %% ../nbs/09_run.ipynb #c004
 import logging
 import os
+import shutil
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -19,7 +20,7 @@ from .config import OPDConfig
 from .data import each_turn, load_conversations, split
 from .distil import loss_for
 from .methods import need_references
-from .models import LM
+from .models import LM, merged
 from .processes import processes
 from .rollouts import longest_prompt, rollout
 from .server_rollouts import writer_for
@@ -76,10 +77,11 @@ def load_student(
     load = lambda spec: LM.load(spec, 'student', dtype, config.device, config.hf_token and config.hf_token.get_secret_value(), config.template, **{k: v for k, v in options.items() if v is not None})
     student, base = load(config.student), config.output_dir / 'base'
     if hasattr(student.model, 'merge_and_unload'):
-        student = replace(student, model=student.model.merge_and_unload())
+        student = merged(student)
         student.model.requires_grad_(True)  # its adapters were all that could be trained
         if config.lora:
             if processes(config.device).is_main_process and not (config.resume and base.exists()):  # one that lies there without a run to resume may be another student's
+                shutil.rmtree(base.with_name('base.part'), ignore_errors=True)
                 student.model.save_pretrained(base.with_name('base.part')); student.codec.tok.save_pretrained(base.with_name('base.part'))
                 put(base.with_name('base.part'), base)
             processes(config.device).wait_for_everyone()
@@ -99,7 +101,7 @@ def add_lora(
     head = model.get_output_embeddings()  # a loss applies it by itself and would not see its adapter
     names = sorted({n.rpartition('.')[2] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head})
     if not targets or set(targets) - set(names): raise BadInput('lora_target', config.lora_target, f"must name modules of the student: {', '.join(names)}", 'Choose some of them, by comma.')
-    return get_peft_model(model, LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, target_modules=targets, task_type='CAUSAL_LM'))
+    return get_peft_model(model, LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout, target_modules=targets, task_type='CAUSAL_LM'), revision=config.revision)
 
 # %% ../nbs/09_run.ipynb #c014
 def make_optimizers(

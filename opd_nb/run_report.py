@@ -28,7 +28,7 @@ def note_samples(
     n: int = 8,          # how many are kept
 ):
     "Keep some of what the student wrote."
-    rows = [dict(step=step, prompt=r.conversation.prompt[-1]['content'], completion=r.text, stopped=r.stopped, teacher_nll=nll[i] if i < len(nll) else None) for i, r in enumerate(rollouts[:n])]
+    rows = [dict(step=step, row=i, prompt=r.conversation.prompt[-1]['content'], completion=r.text, stopped=r.stopped, teacher_nll=nll[i] if i < len(nll) else None) for i, r in enumerate(rollouts[:n])]
     with open(Path(folder) / 'samples.jsonl', 'a', encoding='utf-8') as f: f.writelines(json.dumps(r) + '\n' for r in rows)
 
 # %% ../nbs/09_run_report.ipynb #c007
@@ -40,7 +40,7 @@ def read_samples(
     for line in path.read_text(encoding='utf-8').splitlines() if path.exists() else []:
         try: row = json.loads(line)
         except json.JSONDecodeError: continue
-        found[row['step'], row['prompt']] = row
+        found[row['step'], row.get('row'), row['prompt']] = row
     return list(found.values())
 
 # %% ../nbs/09_run_report.ipynb #c010
@@ -49,10 +49,10 @@ def early_and_late(
 ) -> list:          # rows of a table
     "The same prompts, first and last."
     steps = sorted({r['step'] for r in samples})
-    of = lambda step: {r['prompt']: r['completion'] + ('' if r['stopped'] else ' … (cut)') for r in samples if r['step'] == step}
+    of = lambda step: {(r['prompt'], r.get('row')): r['completion'] + ('' if r['stopped'] else ' … (cut)') for r in samples if r['step'] == step}
     if not steps: return []
     first, last = of(steps[0]), of(steps[-1])
-    return [{'prompt': p, f'step {steps[0]}': text} | ({f'step {steps[-1]}': last[p]} if steps[1:] else {}) for p, text in first.items() if p in last]
+    return [{'prompt': at[0], f'step {steps[0]}': text} | ({f'step {steps[-1]}': last[at]} if steps[1:] else {}) for at, text in first.items() if at in last]
 
 # %% ../nbs/09_run_report.ipynb #c013
 GUIDE = dict(

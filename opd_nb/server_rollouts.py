@@ -16,6 +16,7 @@ import torch
 
 from .client import Malformed, Question, Refused, Wire
 from .models import LM, read
+from .processes import all_or_none
 from .rollouts import prompt_ids, rollout
 from .spending import TeacherGone
 from .tokens import ChatCodec
@@ -181,13 +182,9 @@ def from_first(
     "Do something once for all processes."
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
-    out = [None]
-    if PartialState().is_main_process:
-        try: out = [work()]
-        except WriterGone as e: out = [e]
-    broadcast_object_list(out)
-    if isinstance(out[0], WriterGone): raise out[0]
-    return out[0]
+    state = PartialState()
+    out = [all_or_none(state, lambda: work() if state.is_main_process else None)]
+    return broadcast_object_list(out)[0]
 
 # %% ../nbs/08_server_rollouts.ipynb #c033
 class ServerWriter:
@@ -199,7 +196,7 @@ class ServerWriter:
         checked: int = 16,    # rows of each batch that the student reads again
     ):
         self.server, self.folder, self.sync_every, self.checked = Server(spec), Path(folder) / 'writer', sync_every, checked
-        self.run = from_first(lambda: secrets.token_hex(3))  # versions of two runs never share a name
+        self.run, self.given = from_first(lambda: secrets.token_hex(3)), 0  # versions of two runs never share a name
         self.version = self.name = self.model = None
         self.figures = {}     # of the last batch, see `ratio_figures`
 
@@ -210,7 +207,7 @@ class ServerWriter:
         "See that the server has weights that are new enough."
         if self.version is None or step < self.version or step >= self.version + self.sync_every:
             if any(hasattr(p, 'full_tensor') for p in lm.model.parameters()): raise BadInput('rollouts', self.server.who, 'cannot follow a student that is divided among processes (FSDP)', 'Use --rollouts here, or processes that each hold the student.')
-            name = f'opd-{self.run}-{step}'
+            name, self.given = f'opd-{self.run}-{self.given}', self.given + 1  # not the step: each validation has the same one, with other weights, and vLLM would take prompts of the old ones from its cache
             self.model = from_first(lambda: hand_over(self.server, lm, name, self.folder, self.name))
             self.version, self.name = step, name
         elif self.model != self.name and (has := self.server.get(self.server.root + '/weight_info').get('weight_version')) != self.name:

@@ -21,7 +21,7 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from tqdm import tqdm
 
-from .checkpoints import go_on, newest_checkpoint, note, open_folder, read_log, same_run, save_student, writing
+from .checkpoints import go_on, leave, newest_checkpoint, note, open_folder, read_log, same_run, save_student, writing
 from .config import OPDConfig
 from .health import text_figures
 from .methods import METHODS, get_method, register_method, step_prompts, step_terms, sums, weighted, write_or_take
@@ -222,30 +222,32 @@ def train(
     show=None,          # called with each event, such as a `LivePlot`
 ) -> Trained:
     "Distil a teacher into a student. Everything is in `config`; everything that comes of it is in `config.output_dir`."
-    state = processes(config.device)
-    all_or_none(state, lambda: open_folder(config.output_dir, config.resume) if state.is_main_process else None)
-    if config.resume: same_run(config)
-    run = all_or_none(state, lambda: prepare(config, teacher))
-    if config.resume: go_on(run)
-    if state.is_main_process:
-        config.save(config.output_dir / 'config.yaml')
-        run.trackers, run.show = Trackers(config, config.output_dir, run.step), show
-    start, begun = time.perf_counter(), run.step
-    with tqdm(total=config.max_steps, initial=run.step, desc='distil', disable=not (progress and state.is_main_process), mininterval=1) as bar:
-        while True:
-            try:
-                if due(run): keep_best(run)
-                if run.step >= config.max_steps or config.patience and run.waited >= config.patience: break
-                if run.step and run.step % config.save_every == 0: save_student(run, f'step-{run.step}')
-                note(run, figures := train_step(run))
-            except (TeacherGone, BadInput) as e: raise paused(run, e) from None
-            if run.failed >= FAILURES: raise failing(run)
-            bar.update(); bar.set_postfix(loss=f"{figures['loss']:.3f}", overlap=f"{figures.get('overlap', 0):.2f}", refresh=False)
-    if run.step > begun: save_student(run, f'step-{run.step}')  # for whoever wants more steps
-    final = save_student(run, 'final')
-    if run.trackers: run.trackers.close()
-    best = config.output_dir / 'best'
-    return Trained(config.output_dir, final, best if run.best is not None and best.is_dir() else final, run.events, time.perf_counter() - start, run.step)
+    try:
+        state = processes(config.device)
+        all_or_none(state, lambda: open_folder(config.output_dir, config.resume) if state.is_main_process else None)
+        if config.resume: same_run(config)
+        run = all_or_none(state, lambda: prepare(config, teacher))
+        if config.resume: go_on(run)
+        if state.is_main_process:
+            config.save(config.output_dir / 'config.yaml')
+            run.trackers, run.show = Trackers(config, config.output_dir, run.step), show
+        start, begun = time.perf_counter(), run.step
+        with tqdm(total=config.max_steps, initial=run.step, desc='distil', disable=not (progress and state.is_main_process), mininterval=1) as bar:
+            while True:
+                try:
+                    if due(run): keep_best(run)
+                    if run.step >= config.max_steps or config.patience and run.waited >= config.patience: break
+                    if run.step and run.step % config.save_every == 0: save_student(run, f'step-{run.step}')
+                    note(run, figures := train_step(run))
+                except (TeacherGone, BadInput) as e: raise paused(run, e) from None
+                if run.failed >= FAILURES: raise failing(run)
+                bar.update(); bar.set_postfix(loss=f"{figures['loss']:.3f}", overlap=f"{figures.get('overlap', 0):.2f}", refresh=False)
+        if run.step > begun: save_student(run, f'step-{run.step}')  # for whoever wants more steps
+        final = save_student(run, 'final')
+        if run.trackers: run.trackers.close()
+        best = config.output_dir / 'best'
+        return Trained(config.output_dir, final, best if run.best is not None and best.is_dir() else final, run.events, time.perf_counter() - start, run.step)
+    finally: leave(config.output_dir)  # whoever stopped it may look, and go on
 
 # %% ../nbs/09_training.ipynb #c032
 if __name__ == '__main__' and '__file__' in globals():  # accelerate launch -m opd_nb.training --student ...: the command `opd train`, in each process

@@ -92,7 +92,7 @@ def test_faults_change_nothing(here, llama, records, tmp_path, fault):
         assert not faults and len(seen) > probed + 3
         asked = len(seen)
         same(load_teacher(f'api:{url}', config(here, tmp_path / 'a')).score(*records), clean)
-        assert len(seen) == asked  # not even the probe
+        assert len(seen) == asked + 1  # whether it is still the same model; not even the probe
 
 
 @pytest.mark.parametrize('faults, told', [(['expired'], 'key'), (['no model'], 'name'), (['broken'] * 40, 'HTTP 500'), (['short'] * 40, 'positions'), (['reset'] * 40, 'no connection')], ids=['expired key', 'wrong model', 'always 500', 'always short', 'always reset'])
@@ -109,7 +109,7 @@ def test_stops_clearly_and_loses_nothing(here, llama, records, tmp_path, faults,
         asked, kept = len(seen), len(teacher.endpoint.cache)
         again = load_teacher(f'api:{url}', config(here, tmp_path / 'a'))
         assert len(again.score(*records)) == len(answers)
-        new = [b for _, _, b in seen[asked:]]
+        new = [b for _, _, b in seen[asked + 1:]]  # after the one that asks whether it is still the same model
         old = [b for _, _, b in seen[:probed]]
         assert new and not any(b in old for b in new)  # what was answered before is not asked again
         assert len(again.endpoint.cache) == kept + len(new)
@@ -141,6 +141,28 @@ def test_server_that_dies_and_comes_back(here, records, tmp_path):
     with llama_server(gguf, port): same(teacher.score(*records)[:4], first)
 
 
+def test_another_model_under_the_same_name_is_not_taken_for_the_old_one(here, records, tmp_path, monkeypatch, caplog):
+    "Whole rows, and a chat route alone; on this machine it is refused, and a public provider is doubted."
+    from opd_nb.gguf_export import export_gguf
+    from opd_nb.models import LM
+    lm, gguf = LM.load('tiny:teacher', dtype='float32', device='cpu'), tmp_path / 'm.gguf'
+    export_gguf(lm, gguf, 'f32')
+    ways = [config(here, tmp_path / mode, teacher_mode=mode) for mode in ('auto', 'prefix_walk')]
+    with llama_server(gguf) as (url, _):
+        port = int(url.split(':')[-1].split('/')[0])
+        for way in ways: load_teacher(f'api:{url}#teacher', way)
+    with torch.no_grad():
+        for p in lm.model.parameters(): p.mul_(.9)
+    export_gguf(lm, gguf, 'f32')
+    with llama_server(gguf, port) as (url, _):
+        for way in ways:
+            with pytest.raises(BadInput, match='another model has this name now'): load_teacher(f'api:{url}#teacher', way)
+        load_teacher(f'api:{url}#teacher', config(here, tmp_path / 'new'))
+        monkeypatch.setattr('opd_nb.probe.nearby', lambda url: False)
+        load_teacher(f'api:{url}#teacher', ways[0])
+        assert 'may have several machines' in caplog.text
+
+
 @pytest.mark.parametrize('done', [1, 2], ids=['in a step', 'in a validation'])
 def test_training_pauses_when_its_server_dies_and_goes_on_to_the_same_end(tmp_path, monkeypatch, capfd, done):
     "`opd train` with a server that is killed after so many steps; validation follows each second one."
@@ -169,7 +191,7 @@ def test_training_pauses_when_its_server_dies_and_goes_on_to_the_same_end(tmp_pa
                 assert main(['train', '--config', 'dies/config.yaml', '--resume']) == 0
                 asked, scored = len(seen), [str(b) for path, _, b in seen if path == '/completion']
                 assert len(scored) - len(set(scored)) <= 2  # those that were under way
-                assert run('undisturbed') == 0 and len(seen) == asked  # all that was scored is kept
+                assert run('undisturbed') == 0 and len(seen) == asked + 1  # all that was scored is kept; one asks whether it is still the same model
     assert events('dies') == events('undisturbed')
     assert (tmp_path / 'dies/final/model.safetensors').read_bytes() == (tmp_path / 'undisturbed/final/model.safetensors').read_bytes()
 
@@ -201,7 +223,7 @@ def test_cap_stops_before_the_request_that_would_pass_it(here, llama, records, t
         assert teacher.endpoint.meter.dollars <= .01
         more = load_teacher(f'api:{url}', paid.model_copy(update=dict(teacher_max_dollars=1.)))
         assert len(more.score(*records)) == 8
-        bodies = [str(b) for _, _, b in seen[probed:]]
+        bodies = [str(b) for path, _, b in seen[probed:] if path == '/completion']
         assert len(set(bodies)) == len(bodies)  # nothing was paid for twice
 
 
@@ -259,7 +281,7 @@ def test_run_that_meets_faults_and_is_killed_writes_no_secret_and_goes_on_where_
         assert again and sum(b in before for b in again) <= 3  # the expired, the cut and the one that was under way when the run was killed
         asked = len(seen)
         load_teacher(f'api:{url}#teacher', config(here, tmp_path / 'answers.sqlite')).score(conversations, answers)
-        assert len(seen) == asked
+        assert len(seen) == asked + 1
 
 
 def test_openrouter_preset(here, tmp_path, monkeypatch):

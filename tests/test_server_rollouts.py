@@ -1,10 +1,10 @@
 "Rollouts by a server: what can be shown without vLLM, and, slow, with it."
-import os
+import os, socket, subprocess, sys
 
 import pytest
 import torch
 
-from conftest import slow
+from conftest import ROOT, slow
 from opd_nb import countdown
 from opd_nb.config import OPDConfig
 from opd_nb.models import LM
@@ -76,6 +76,30 @@ def test_a_divided_student_is_refused(tmp_path):
         lm.model.lm_head.weight = torch.nn.Parameter(distribute_tensor(lm.model.lm_head.weight.detach(), init_device_mesh('cpu', (1,))))
         with pytest.raises(BadInput, match='FSDP'): writer.follow(lm, 0)
     finally: torch.distributed.destroy_process_group()
+
+
+ONE_OF_TWO = '''
+import sys
+from opd_nb.processes import processes
+from opd_nb.server_rollouts import from_first
+from opd_nb.types import BadInput
+state = processes('cpu')
+def work(): raise eval(sys.argv[1])
+print(from_first(lambda: state.process_index + 7))
+try: from_first(work)
+except Exception as e: print(type(e).__name__, e)
+'''
+
+
+@pytest.mark.parametrize('error', ["OSError(28, 'No space left on device')", "BadInput('rollouts', 'vllm:', 'must be near', 'Look.')", "ValueError('id')"])
+def test_what_the_first_process_cannot_do_ends_all(error):
+    "Any error, or the others would wait for ever."
+    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
+    env = os.environ | dict(WORLD_SIZE='2', LOCAL_WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), CUDA_VISIBLE_DEVICES='', PYTHONPATH=str(ROOT))
+    both = [subprocess.Popen([sys.executable, '-c', ONE_OF_TWO, error], env=env | dict(RANK=str(r), LOCAL_RANK=str(r)), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) for r in range(2)]
+    try: said = [p.communicate(timeout=60)[0] for p in both]
+    finally: [p.kill() for p in both]
+    assert said[0] == said[1] and said[0].startswith('7\n') and error.partition('(')[0] in said[0], said
 
 
 def test_here_is_the_students_own_writing(tmp_path):
