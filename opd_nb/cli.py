@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from .config import OTHERS_KEYS, Flags, OPDConfig, read_env, run_flags
-from .notebooks import literal, notebook_folder, run_notebook
+from .notebooks import notebook_folder, parameter, run_notebook
 from .spending import TeacherGone
 from .types import BadInput, unknown
 
@@ -52,6 +52,9 @@ def main(
         if argv[0] not in COMMANDS: raise unknown('command', argv[0], COMMANDS)
         return COMMANDS[argv[0]](argv[1:]) or 0
     except BadInput as e: print(f'opd: {e}', file=sys.stderr); return 2
+    except OSError as e:
+        if e.filename is None: raise  # not about a file that somebody named
+        print(f"opd: {BadInput('path', str(e.filename), f'cannot be used ({e.strerror})', 'See what lies there, or name another place.')}", file=sys.stderr); return 2
     except TeacherGone as e: print(f'opd: {e}', file=sys.stderr); return 75  # try again later, as sysexits.h has it
     except KeyboardInterrupt: print('opd: interrupted; what was written so far is kept. The same command goes on; train does with --resume.', file=sys.stderr); return 130
 
@@ -90,7 +93,7 @@ def demo(
     found = papermill.inspect_notebook(str(notebook_folder() / 'quickstart.ipynb'))
     parser = Flags('opd demo', summary('demo'), usage='opd demo [parameters of the notebook quickstart]')
     for p in found.values(): parser.add_argument('--' + p['name'].replace('_', '-'), metavar='VALUE', help=f"{(p['help'] or '').strip()} [default {p['default']}]".replace('%', '%%'))
-    given = {k: literal(v) for k, v in vars(parser.parse_args(argv)).items() if v is not None}
+    given = {k: parameter(k, v, found[k]['default']) for k, v in vars(parser.parse_args(argv)).items() if v is not None}
     folder = Path(given.get('output_dir') or 'outputs/quickstart').resolve()
     os.environ.setdefault('OMP_NUM_THREADS', str(max(1, min(4, (os.cpu_count() or 2) // 2))))
     out = run_notebook('quickstart', given | dict(output_dir=str(folder)), folder)
@@ -222,6 +225,8 @@ def chat(
     flags.add_argument('--seed', metavar='N', type=int, default=0, help='of the sampling [default 0]')
     flags.add_argument('--device', metavar='NAME', default='auto', help='cpu, cuda, mps [default auto]')
     given = flags.parse_args(argv)
+    for name, least in (('max_new_tokens', 1), ('temperature', 0)):
+        if not least <= getattr(given, name) < float('inf'): raise BadInput(name, getattr(given, name), f'must be at least {least}', f'Leave it out for {flags.get_default(name)}.')
     from opd_nb.chat import Voice, cast, converse
     from opd_nb.models import LM
     token = (t := OPDConfig().hf_token) and t.get_secret_value()

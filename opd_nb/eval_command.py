@@ -8,9 +8,10 @@ __all__ = ['eval_flags', 'read_words', 'run']
 # %% ../nbs/14_eval_command.ipynb #c003
 from pathlib import Path
 
-from .cli import literal, read_settings, summary
+from .cli import read_settings, summary
 from .config import Flags, OPDConfig
-from .types import unknown
+from .notebooks import literal
+from .types import BadInput, unknown
 
 # %% ../nbs/14_eval_command.ipynb #c006
 def eval_flags() -> Flags:
@@ -39,7 +40,7 @@ def read_words(
     strange = [w.partition('=')[0] for w in rest if w.startswith('--') and w.partition('=')[0] not in settings | {'--config', '--preset'} | {s.replace('--', '--no-', 1) for s in settings}]
     if strange: raise unknown('flag', strange[0], own | settings)
     given = {k: v for k, v in dict(eval_tasks=known.tasks, eval_max_samples=known.limit, eval_output_dir=known.out).items() if v is not None}
-    return known, read_settings([*rest, *(w for k, v in given.items() for w in ('--' + k.replace('_', '-'), v))], 'opd eval')
+    return known, read_settings([*rest, *(f"--{k.replace('_', '-')}={v}" for k, v in given.items())], 'opd eval')
 
 # %% ../nbs/14_eval_command.ipynb #c011
 def run(
@@ -50,9 +51,13 @@ def run(
     known, config = read_words(argv)
     entries = lineup(known.models) if known.models else lineup_of(config)
     options = Options(config.eval_max_samples, known.fewshot, known.chat, literal(known.batch_size), known.answer_tokens, Path(known.data))
+    tasks = [t.strip() for t in config.eval_tasks.split(',') if t.strip()]
+    if not tasks: raise BadInput('tasks', config.eval_tasks, 'must name at least one', 'Use --tasks countdown, or a file of your own questions and answers.')
+    try: config.eval_output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as e: raise BadInput('out', str(config.eval_output_dir), f'must be a folder that can be written to ({e.strerror})', 'Choose another with --out.') from None
     judge = dict(judged=load_judge(known.judge, config), who=known.judge) if known.judge else None
     token = config.hf_token.get_secret_value() if config.hf_token else None
-    found = evaluate(entries, [t.strip() for t in config.eval_tasks.split(',') if t.strip()], options, config.eval_output_dir, judge=judge, dtype=config.dtype, device=config.device, token=token)
+    found = evaluate(entries, tasks, options, config.eval_output_dir, judge=judge, dtype=config.dtype, device=config.device, token=token)
     out = write_reports(found, config.eval_output_dir)
     print(f'{found}\n\nreport   {out / "report.html"}\nfigures  {out / "results.csv"}')
     return found.status

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FIGURES', 'SHIPPED', 'TASKS', 'ELSEWHERE', 'as_choices', 'without_marks', 'right_mass', 'find_file', 'question_rows',
-           'described', 'notes_on', 'local_task', 'answer_task', 'own_data', 'load_judge', 'register_task', 'maker',
-           'harness_names', 'Unavailable', 'hub_tasks', 'tasks_for']
+           'described', 'notes_on', 'leaves_some', 'local_task', 'answer_task', 'own_data', 'load_judge',
+           'register_task', 'maker', 'harness_names', 'Unavailable', 'hub_tasks', 'tasks_for']
 
 # %% ../nbs/10_tasks.ipynb #c003
 import hashlib
@@ -41,7 +41,11 @@ def as_choices(
     elif isinstance(given, dict) and 'text' in given: texts, right = given['text'], [given['label'].index(right)]
     elif isinstance(given, dict) and not field: texts, right = list(given.values()), [list(given).index(right)]
     elif isinstance(given, dict): texts, right = list(given), [i for i, x in enumerate(given.values()) if x]
-    else: texts, right = list(given), [int(right)]
+    elif isinstance(right, float) and not right.is_integer(): raise ValueError(f'{right} is the number of no choice')
+    else: texts, right = given, [int(right)]
+    if isinstance(texts, str): raise ValueError(f'choices are several texts, and not {texts!r}')
+    texts = list(texts)
+    if not right or not all(0 <= i < len(texts) for i in right): raise ValueError(f'which is right: {right}, of {len(texts)} choices, counted from 0')
     question = question.removeprefix('Question: ')
     if lower.get('ctx_b'): question = f"{lower['ctx_a']} {lower['ctx_b'].capitalize()}"  # as lm-eval puts the two together
     if 'activity_label' in lower: question = f"{lower['activity_label']}: {question}"
@@ -93,8 +97,10 @@ def question_rows(
     rows = read_rows(path)
     if len(rows) == 1 and isinstance(rows[0], list): rows = rows[0]
     if local['rows'] != 'choices': return rows
-    try: out = [as_choices(r, local.get('field', '')) for r in rows]
-    except (KeyError, TypeError, ValueError, AttributeError) as e: raise BadInput('tasks', str(path), f'has a row in a shape that is not known ({type(e).__name__}: {e})', 'Each needs a question, choices, and which is right: {"question": "2+2?", "choices": ["3", "4"], "gold": 1}.') from None
+    out = []
+    for i, r in enumerate(rows, 1):
+        try: out.append(as_choices(r, local.get('field', '')))
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as e: raise BadInput('tasks', str(path), f'has a shape that is not known in row {i} ({type(e).__name__}: {e})', 'Each needs a question, choices, and which is right: {"question": "2+2?", "choices": ["3", "4"], "gold": 1}.') from None
     clean = without_marks if local.get('without_marks') else str
     return [r | dict(question=clean(r['question']), choices=[clean(c) for c in r['choices']]) for r in out]
 
@@ -116,6 +122,15 @@ def notes_on(
     lacks = local.get('heading') and local['heading'] not in path.read_text(encoding='utf-8')
     return tuple(f'{name}: {x}' for x in (local.get('note'), lacks and f"{path.name} has no {local['heading']}, so its questions lack the heading that lm-eval puts first; figures are not comparable with published ones.") if x)
 
+# %% ../nbs/10_tasks.ipynb #k003
+def leaves_some(
+    name: str,   # of a task
+    n: int,      # its questions
+    shots: int,  # those that become examples
+):
+    "Refuse examples that use up all questions."
+    if n <= shots: raise BadInput('fewshot', shots, f'leaves nothing to ask: {name} has {n} questions', 'Use fewer examples.')
+
 # %% ../nbs/10_tasks.ipynb #c018
 def local_task(
     name: str,          # of a shipped task file
@@ -128,7 +143,7 @@ def local_task(
     path = find_file(name, local['file'], given, options)
     rows = question_rows(path, local)
     shots = config.get('num_fewshot', 0) if options.fewshot is None or config.get('num_fewshot') == 0 else options.fewshot
-    if len(rows) <= shots: raise BadInput('fewshot', shots, f'leaves nothing to ask: {name} has {len(rows)} questions', 'Use fewer examples.')
+    leaves_some(name, len(rows), shots)
     lm_eval, examples, asked = need_lm_eval(), rows[:shots], rows[shots:][:options.limit]
     import datasets
     parts = dict(test=datasets.Dataset.from_list(asked)) | (dict(few=datasets.Dataset.from_list(examples)) if shots else {})
@@ -149,6 +164,7 @@ def answer_task(
     target=lambda c: c.reference or '',  # what a reader is shown as wanted
 ) -> Task:
     "A task of prompts whose answers are marked here."
+    leaves_some(name, len(conversations), options.fewshot or 0)
     shots = conversations[:options.fewshot or 0]
     before, longest = tuple(m for c in shots for m in c.messages), options.max_new_tokens or max_new_tokens
     asked = [Conversation((*before, *c.messages), c.metadata) for c in conversations[len(shots):][:options.limit]]

@@ -34,6 +34,8 @@ class Options:
     def __post_init__(self):
         if self.chat not in ('on', 'off', 'auto'): raise BadInput('chat', self.chat, 'must be on, off or auto', 'Leave it out for auto.')
         if self.batch != 'auto' and (type(self.batch) is not int or self.batch < 1): raise BadInput('batch', self.batch, 'must be a whole number, at least 1, or auto', 'Leave it out for auto.')
+        for name, value in dict(limit=self.limit, max_new_tokens=self.max_new_tokens).items():
+            if value is not None and (type(value) is not int or value < 1): raise BadInput(name, value, 'must be a whole number, at least 1', 'Leave it out for all questions.' if name == 'limit' else "Leave it out for the task's own.")
         if (self.fewshot or 0) < 0: raise BadInput('fewshot', self.fewshot, 'must not be negative', 'Use 0 for no examples.')
 
     def templated(self,

@@ -61,7 +61,9 @@ def lineup(
     models,       # {name: spec}, or a list of 'NAME=SPEC' and folders of runs
 ) -> list:        # of `Entry`
     "The models that were named, a run's folder as all its students. Checks that local ones are there."
-    pairs = list(models.items()) if isinstance(models, dict) else [re.fullmatch(r'(?:([\w.-]+)=)?(.+)', m).groups() for m in models]
+    remedy = 'Use --models base=tiny:student best=runs/opd/best, or the folder of a run.'
+    if not isinstance(models, dict) and not all(models): raise BadInput('models', '', 'must not be empty', remedy)
+    pairs = list(models.items()) if isinstance(models, dict) else [re.fullmatch(r'(?:([\w.-]+)=)?(.+)', m, re.DOTALL).groups() for m in models]
     out = []
     for name, spec in pairs:
         for e in of_run(spec, name or '') if is_run(spec) else ():
@@ -71,7 +73,7 @@ def lineup(
         if not is_run(spec): model_path(spec, 'models'); out.append(Entry(name or Path(spec.partition(':')[2] or spec).name, spec, 0 if name == 'base' else None))
     twice = [e.name for e in out if [o.name for o in out].count(e.name) > 1]
     if twice: raise BadInput('models', twice[0], 'names two models', 'Give each a name of its own: NAME=SPEC, or NAME=FOLDER for the students of a run.')
-    if not out: raise BadInput('models', models, 'must name at least one', 'Use --models base=tiny:student best=runs/opd/best, or the folder of a run.')
+    if not out: raise BadInput('models', models, 'must name at least one', remedy)
     return out
 
 # %% ../nbs/10_lineup.ipynb #c011

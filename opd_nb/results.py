@@ -32,6 +32,11 @@ class Results:
     @property
     def table(self) -> pd.DataFrame: return figure_table(self)
     def differences(self) -> list: return all_differences(self)
+    @property
+    def against(self) -> list:
+        "What the others are compared with, the first of it first."
+        names = [e.name for e in self.entries]
+        return [n for n in ('base', 'sft') if n in names] or names[:1]
     def __str__(self): return in_words(self)
 
     def pairs(self) -> list:
@@ -70,8 +75,7 @@ def all_differences(
     results: Results,  # of `evaluate`
 ) -> list:             # of (task, model, against, `Difference`)
     "Each model against the base, and against sft."
-    names = [e.name for e in results.entries]
-    against = [n for n in ('base', 'sft') if n in names] or names[:1]
+    against = results.against
     return [(t, m, a, difference(results.marks(a, t), results.marks(m, t))) for m, t in results.pairs() for a in against if m not in against[:against.index(a) + 1] and (a, t.name) in results.records]
 
 # %% ../nbs/10_results.ipynb #k001
