@@ -130,11 +130,15 @@ def under_way(
     own = torch.where(on(whole) >= 0, e[row, on(whole).clamp(min=0)], 0)
     expected = e.new_ones(len(written)).index_put_((i[now],), (e.new_zeros(len(looks)).index_add_(0, on(which), p) + own)[now])  # Q_0(c_0)
     reached = (path(realised, row, j).exp() * expected[i]).clamp(min=1e-12)  # by the teacher's own tokens, from where the look begins
-    doubtful = (~now[which] & (p > least * reached[which])).nonzero()[:, 0].tolist()
-    gone = [f for f, k in zip(doubtful, asked.cut([(before[looks[which[f]][0]], int(to[f])) for f in doubtful])) if not k]
-    p = p.index_fill(0, on(gone, dtype=torch.long), 0)
-    mass = e.new_zeros(len(looks)).index_add_(0, on(which), p)
-    total = e.new_ones(len(written)).index_add_(0, i, torch.where(now, 0, mass / reached))
+    def without(gone):  # numbers of events that are none
+        nonlocal p
+        p = p.index_fill(0, on(gone, dtype=torch.long), 0)
+        return e.new_ones(len(written)).index_add_(0, i, torch.where(now, 0, e.new_zeros(len(looks)).index_add_(0, on(which), p) / reached))
+    first, apart = np.cumsum(hi - lo) - hi, [(n, lo_, hi_) for n, (u, back, c) in enumerate(looks) if back for lo_, hi_ in asked.grown(c, before[u])]
+    n, lo_, hi_ = np.array(apart, np.int64).reshape(-1, 3).T
+    total = without(inside(first[n] + lo_, hi_ - lo_))
+    doubtful = (~now[which] & (p > least * (reached * total[i])[which])).nonzero()[:, 0].tolist()
+    total = without([f for f, k in zip(doubtful, asked.cut([(before[looks[which[f]][0]], int(to[f])) for f in doubtful])) if not k])
     scale = 1 / (reached * total[i])
     ended = e.new_zeros(len(written)).index_put_((i[now],), (own * scale)[now])
     begins = on([not cs[0] for cs in written], dtype=torch.bool)
