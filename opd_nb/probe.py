@@ -132,9 +132,9 @@ class Probe:
 
     def same_tokenizer(self):
         "Raise if the endpoint counts the known text differently, or means other bytes by an id."
-        answer = self.ask(lambda ask: ask(Question('/completions', dict(prompt=KNOWN, max_tokens=1, logprobs=1), len(self.ids))))
+        answer = self.ask(lambda ask: ask(Question('/completions', dict(prompt=KNOWN, max_tokens=1, logprobs=min(5, max(self.k, 1))), len(self.ids))))
         used, mine = (answer.get('usage') or {}).get('prompt_tokens'), len(self.codec.tok(KNOWN, add_special_tokens=False)['input_ids'])
-        named = [e for e in (choice(answer).get('logprobs') or {}).get('content') or [] if 'id' in e and e.get('bytes')]
+        named = [x for e in (choice(answer).get('logprobs') or {}).get('content') or [] for x in (e, *(e.get('top_logprobs') or ())) if 'id' in x and x.get('bytes')]
         if used in (None, 0, mine, mine + 1) and all(e['id'] < len(self.codec.bytes) and bytes(e['bytes']) == self.codec.bytes.table[e['id']] for e in named): return
         raise BadInput('teacher_tokenizer', Path(self.codec.tok.name_or_path).name, f'is not the tokenizer of {self.endpoint.who}, which cuts the same text differently',
                        'Set TEACHER_TOKENIZER to the folder or Hub id of the model that is served.')
