@@ -144,14 +144,18 @@ def test_fast_laboratory_makes_every_arm_once(fast):
 
 
 def test_two_workers_share_a_folder(fast, tmp_path):
-    "A run that another worker is at is left to it; so is one whose learning rate is not known yet."
+    "A run that another worker is at is left to it. One whose learning rate is not known waits for its trials, which are made first unless they belong to another folder."
     from filelock import FileLock
     pick, made = lambda arm, pair, seed: pair in ('crossing', 'teacher') and seed == 0 and arm in ('before', 'sft'), []
     with FileLock(tmp_path / 'sft-crossing-0.json.lock'):
         assert work(tmp_path, fast / 'cache', FAST, only=pick, tell=made.append) == 1
     assert len(made) == len(list(tmp_path.glob('*.json'))) == 2
     assert work(tmp_path, fast / 'cache', FAST, only=pick, tell=made.append) == 0 and made[-1].startswith('sft-crossing-0')
-    assert work(tmp_path / 'none', fast / 'cache', replace(FAST, rates=(1e-4, 1e-3)), only=lambda arm, pair, seed: (arm, pair, seed) == ('sft', 'crossing', 0)) == 1
+    two, one = replace(FAST, rates=(1e-4, 1e-3)), lambda arm, pair, seed: (arm, pair, seed) == ('sft', 'crossing', 0)
+    assert work(tmp_path / 'none', fast / 'cache', two, only=one, trials=tmp_path / 'nowhere') == 1
+    made.clear()
+    assert work(tmp_path / 'own', fast / 'cache', two, only=one, tell=made.append) == 0
+    assert made[-1].startswith('sft-crossing-0') and [m.split('-1000')[0] for m in made[:2]] == ['sft@0.0001-pieces', 'sft@0.001-pieces'] and all(m.startswith('sft@') for m in made[:-1])
 
 
 def test_same_seed_same_table(fast, tmp_path):
