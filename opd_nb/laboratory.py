@@ -55,14 +55,15 @@ def wanted(
     budget: Budget,  # with the rates that are tried
 ) -> list:           # (arm, pair, seed), empty when the rate is known
     "The trials that should be made next."
-    rates, solved, near = budget.rates, tried(family, pair, folder, budget), slice(None)
+    rates, solved = budget.rates, tried(family, pair, folder, budget)
+    near = range(len(rates))
     if len(rates) == 1: return []
     if pair != FIRST and FIRST in ARMS[family].pairs:
         if before := wanted(family, FIRST, folder, budget): return before
         usual = rate_for(family, FIRST, folder, budget)
-        at = rates.index(max(solved, key=solved.get) if usual in solved else usual)
-        near = slice(max(at - 1, 0), at + 2) if usual in solved else slice(at, at + 1)
-    return [(f'{family}@{rate:g}', pair, TRIAL[0]) for rate in rates[near] if rate not in solved]
+        peaks = {rates.index(usual), rates.index(max(solved, key=solved.get, default=usual))}
+        near = [i for i in near if i in peaks or usual in solved and {i - 1, i + 1} & peaks]
+    return [(f'{family}@{rates[i]:g}', pair, TRIAL[0]) for i in near if rates[i] not in solved]
 
 # %% ../nbs/12_laboratory.ipynb #c031
 LUCK = .01  # what won on the first pair is kept elsewhere, unless another rate solves more by so much
