@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['log', 'HELD', 'LEAVINGS', 'COUNTERS', 'FIXED', 'open_folder', 'enter', 'leave', 'tidy', 'writing', 'put', 'note',
-           'read_log', 'save_student', 'checkpoints', 'newest_checkpoint', 'same_run', 'go_on', 'load_checkpoint',
-           'merge']
+           'read_log', 'save_student', 'checkpoints', 'newest_checkpoint', 'must_be', 'same_run', 'go_on',
+           'load_checkpoint', 'merge']
 
 # %% ../nbs/09_checkpoints.ipynb #c004
 import json
@@ -150,7 +150,6 @@ def save_student(
         finally: shutil.rmtree(part, ignore_errors=True)
         for old in checkpoints(run.config.output_dir)[run.config.keep_last:]: shutil.rmtree(old)
     run.state.wait_for_everyone()
-    if name == 'final': leave(run.config.output_dir)  # the run is over
     return folder
 
 # %% ../nbs/09_checkpoints.ipynb #c017
@@ -169,6 +168,18 @@ def newest_checkpoint(
     return next(iter(checkpoints(folder)), None)
 
 # %% ../nbs/09_checkpoints.ipynb #r001
+def must_be(
+    config,        # settings
+    was: dict,     # those of a run that is there
+    names: list,   # settings that have to be equal
+    which: str,    # of the run, for the message
+):
+    "Refuse settings that a run that is there does not have. One folder or file has many spellings."
+    now, place = config.kept(), lambda k, x: Path(x).resolve() if k in ('student', 'data') and x and Path(x).exists() else x
+    for k in names:
+        if k in was and k in now and place(k, was[k]) != place(k, now[k]): raise BadInput(k, now[k], f'must be {was[k]!r}, as in {which}', 'Leave it as it was, or choose another folder.')
+
+# %% ../nbs/09_checkpoints.ipynb #r003
 FIXED = ('student', 'revision', 'lora', 'lora_r', 'lora_alpha', 'lora_target', 'optimizer')  # settings that a checkpoint's weights and optimizer are of
 
 def same_run(
@@ -177,13 +188,9 @@ def same_run(
     "Refuse settings that the checkpoint cannot go on with."
     path = config.output_dir / 'config.yaml'
     if not path.is_file() or not newest_checkpoint(config.output_dir): return
-    try: was = yaml.safe_load(path.read_text(encoding='utf-8')) or {}
-    except yaml.YAMLError: return  # damaged: it says nothing
-    now = config.model_dump(mode='json')
-    place = lambda k, x: Path(x).resolve() if k == 'student' and x and Path(x).is_dir() else x  # one folder has many spellings
-    for k in FIXED:
-        if k.startswith('lora_') and not config.lora: continue
-        if k in was and place(k, was[k]) != place(k, now[k]): raise BadInput(k, now[k], f'must be {was[k]!r}, as in the run that is resumed', 'Leave it as it was, or begin a new run in another folder.')
+    try: was = yaml.safe_load(path.read_text(encoding='utf-8'))
+    except (yaml.YAMLError, UnicodeDecodeError): return  # damaged: it says nothing
+    if isinstance(was, dict): must_be(config, was, [k for k in FIXED if config.lora or not k.startswith('lora_')], 'the run that is resumed')
 
 # %% ../nbs/09_checkpoints.ipynb #c021
 def go_on(

@@ -10,10 +10,11 @@ __all__ = ['SHAPES', 'COMMON', 'ACROSS', 'FULL', 'Shape', 'Full', 'estimate', 'p
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .checkpoints import must_be
 from .config import OPDConfig, read_file
 from .countdown import draw
 from .data import save_conversations
-from .types import BadInput, Conversation, unknown
+from .types import Conversation, unknown
 
 # %% ../nbs/12_recipes.ipynb #c006
 @dataclass(frozen=True)
@@ -113,9 +114,8 @@ def same_settings(
     config: OPDConfig,   # of a run whose folder is there
 ):
     "Refuse a folder that was trained with other settings."
-    was, now = read_file(config.output_dir / 'config.yaml'), config.kept()
-    for k in was:
-        if k in now and k != 'output_dir' and was[k] != now[k]: raise BadInput(k, now[k], f'must be {was[k]!r}, as in the finished run in {config.output_dir}', 'Leave it as it was, choose another folder, or delete that run.')
+    was = read_file(config.output_dir / 'config.yaml')
+    must_be(config, was, [k for k in was if k != 'output_dir'], f'the finished run in {config.output_dir}')
 
 # %% ../nbs/12_recipes.ipynb #c016
 def run_full(

@@ -61,6 +61,7 @@ def impossible(
     like: torch.Tensor,  # of the dtype that is wanted
 ) -> torch.Tensor:       # [N] log 1e-9 for each token that no teacher is asked about, else 0
     "What a teacher would say of tokens without bytes."
+    if vocab is None or None in vocab.tokens: return torch.zeros_like(ids, dtype=like.dtype)  # nothing is known of its tokens
     return unread(ids, vocab).to(like) * FLOOR
 
 # %% ../nbs/04_scalar_losses.ipynb #c010
@@ -84,7 +85,7 @@ def alm(
         n_s, n_t = piece.student_len, piece.teacher_len
         if debias: n_s, n_t = n_s - more[piece.units].to(n_s), n_t - more[piece.units].to(n_t)
         y_s, y_t = per_span(realised(s, piece.student_ids, vocab.stops[0]), piece.student_start, n_s), per_span(piece.teacher_logprobs.to(s), piece.teacher_start, n_t)
-        if None not in vocab.tokens: y_t = y_t + per_span(impossible(piece.student_ids, vocab, y_t), piece.student_start, n_s)
+        y_t = y_t + per_span(impossible(piece.student_ids, vocab, y_t), piece.student_start, n_s)
         if debias:
             ends = lambda logp, at, words: torch.where(more[piece.units].to(at.device) > 0, logp[at.clamp(max=len(logp) - 1)][:, words].logsumexp(-1), 0.)
             y_s, y_t = y_s + ends(s.log_softmax(-1), piece.student_start + n_s, ends_word[0]), y_t + ends(q, piece.teacher_start + n_t, ends_word[1]).to(y_t)
@@ -133,7 +134,7 @@ def pg(
         was = sampled(now, s, piece)
         start, n = piece.student_start, piece.student_len
         a = per_span(piece.teacher_logprobs.to(now), piece.teacher_start, piece.teacher_len) - per_span(was, start, n) if advantage is None else advantage[piece.units].to(now)
-        if advantage is None and None not in vocab.tokens: a = a + per_span(impossible(piece.student_ids, vocab, a), start, n)
+        if advantage is None: a = a + per_span(impossible(piece.student_ids, vocab, a), start, n)
         known = ~a.isnan()
         a = torch.repeat_interleave(a.nan_to_num(0., neginf=least).clamp(min=least), n)
         ratio = (now - was).exp()
