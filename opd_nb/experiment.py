@@ -259,16 +259,16 @@ def experiment(
     run, puzzles, meter, wall = prepare(config, timed := Timed(teacher)), asked_of(seed, budget), Meter(budget), time.perf_counter()
     run.vocab = None  # no vocabulary, no health figures; the loss has its own
     noted = lambda run, f: dict(step=run.step, loss=round(f['loss'], 4), length=round(f['length'], 2))
-    average = [w.detach().clone() for w in run.student.model.parameters()]
+    untaught, average = checked(run.student, puzzles), [w.detach().clone() for w in run.student.model.parameters()]
     while len(meter.at) < 2 and meter.done['seconds'] < 4 * budget.seconds:
-        start, before = time.thread_time(), timed.seconds
+        start, earlier = time.thread_time(), timed.seconds
         f = train_step(run)
-        took, asked = time.thread_time() - start, timed.seconds - before
+        took, asked = time.thread_time() - start, timed.seconds - earlier
         follow(average, run.student.model, run.step)
         if due := meter.add(round(f['length'] * budget.batch), *split(f, config, run.step, took, asked, each * budget.batch * (run.step * budget.batch <= prompts))):
             meter.read(due, judged(run, average, puzzles), **noted(run, f))
     if short := [k for k in meter.done if k not in meter.at]: meter.read(short, judged(run, average, puzzles), cut=True, **noted(run, f))
-    return dict(arm=arm, pair=pair, seed=seed, budget=asdict(budget), settings=dict(learning_rate=rate) | ARMS[arm].settings, steps=run.step, marks=meter.marks, at=meter.at, wall=round(time.perf_counter() - wall, 1), **where(config.student))
+    return dict(arm=arm, pair=pair, seed=seed, budget=asdict(budget), settings=dict(learning_rate=rate) | ARMS[arm].settings, steps=run.step, before=untaught, marks=meter.marks, at=meter.at, wall=round(time.perf_counter() - wall, 1), **where(config.student))
 
 # %% ../nbs/12_experiment.ipynb #e017
 def short_hash(
@@ -286,6 +286,7 @@ def where(
     import opd_nb
     own = sorted(Path(opd_nb.__file__).parent.glob('*.py'))
     return dict(versions=dict(opd_nb=opd_nb.__version__, code=short_hash(own), python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__),
+                processor=f'{platform.machine()} {torch.backends.cpu.get_cpu_capability()}',
                 student=short_hash(sorted(Path(student).glob('*.safetensors'))) if student else '')
 
 # %% ../nbs/12_experiment.ipynb #c027
