@@ -48,11 +48,13 @@ SPEC_KEYS = dict(
 
 # %% ../nbs/00_config.ipynb #c010
 def teacher_spec(
-    keys: dict,    # names and values, as in a `.env` file or `os.environ`
+    *places: dict, # names and values, as in a `.env` file and `os.environ`; the parts may be anywhere, and the last place that names a teacher decides
 ) -> str | None:   # what `--teacher` would be given, or None if no backend is named
     "The teacher that the keys in `SPEC_KEYS` describe."
-    k = {name.upper(): value for name, value in keys.items() if value}
-    if 'TEACHER_BACKEND' not in k or 'OPD_TEACHER' in k: return None
+    upper = [{name.upper(): value for name, value in place.items() if value} for place in places]
+    k, names = {name: value for place in upper for name, value in place.items()}, ('TEACHER_BACKEND', 'OPD_TEACHER')
+    decides = next(([n for n in names if n in place] for place in reversed(upper) if any(n in place for n in names)), [])
+    if decides != ['TEACHER_BACKEND']: return None
     specs = dict(hf='hf:' + k.get('TEACHER_MODEL_ID', 'Qwen/Qwen2.5-7B-Instruct'), tiny='tiny:',
                  openrouter='openrouter:' + k.get('OPENROUTER_MODEL', 'qwen/qwen-2.5-7b-instruct'),
                  gguf='gguf:' + k.get('TEACHER_GGUF_PATH', k.get('TEACHER_GGUF', '')),
@@ -251,7 +253,7 @@ class OPDConfig(Settings):
             source = flags.source(parsed_args=argparse.Namespace(**{k: v for k, v in vars(given).items() if k not in objects}))
             _preset, _config = given.preset or _preset, given.config or _config
         dotenv = read_env(_env_file)
-        spec = teacher_spec({**dotenv, **os.environ})  # its parts may be in both places
+        spec = teacher_spec(dotenv, os.environ)
         places = {f'the preset {_preset}': read_preset(_preset), f'{_env_file}': read_keys(dotenv, fields, True, str(_env_file)),
                   'the environment': read_keys(os.environ, fields, False, 'environment') | ({'teacher': spec} if spec else {}), f'{_config}': read_file(_config)}
         for text in unread(os.environ, fields): warn_once(text)
