@@ -15,7 +15,7 @@ import yaml
 
 import opd_nb
 from .config import OPDConfig
-from .models import LM, file_of, merged, model_path
+from .models import LM, base_of, file_of, merged, model_path
 from .settings import SECRETS, Settings
 from .types import BadInput
 
@@ -122,7 +122,7 @@ def model_card(
     "The card of an exported student."
     from huggingface_hub import ModelCardData
     c = made.config
-    base, teacher, adapters = c.get('student', '').removeprefix('hf:'), c.get('teacher', ''), (Path(made.student) / 'adapter_config.json').is_file()
+    base, teacher, adapters = c.get('student', '').removeprefix('hf:'), c.get('teacher', ''), bool(file_of(model_path(made.student), 'adapter_config.json'))
     own = licence or licence_of(base or made.student)
     head = ModelCardData(license=own or 'unknown', base_model=base if base.count('/') == 1 and plainly(base) == base else None, library_name='peft' if adapters else 'transformers',
                          pipeline_tag='text-generation', tags=['distillation', 'on-policy-distillation', 'opd_nb'])
@@ -144,8 +144,7 @@ def stored_dtype(
 ) -> str:         # 'float32', 'bfloat16' or 'float16'
     "The number format of a model on disk; of the base, for adapters."
     from transformers import AutoConfig
-    path, revision = model_path(spec), None
-    if adapter := file_of(path, 'adapter_config.json'): path, revision = map(json.loads(adapter.read_text()).get, ('base_model_name_or_path', 'revision'))
+    path, revision = base_of(model_path(spec))
     found = getattr(AutoConfig.from_pretrained(path, revision=revision or 'main'), 'dtype', None)
     return str(found or 'float32').removeprefix('torch.')
 

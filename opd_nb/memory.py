@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 from .config import OPDConfig
 from .engine import LOSS_BYTES, PIECE_BYTES
-from .models import model_path, pick_device, pick_dtype
+from .models import base_of, model_path, pick_device, pick_dtype
 from .types import BadInput
 
 # %% ../nbs/09_memory.ipynb #c006
@@ -41,10 +41,9 @@ def shape_of(
 ) -> Shape:
     "The shape of a model, without its weights."
     from transformers import AutoConfig, AutoModelForCausalLM
-    path = model_path(spec, role)
     token = config.hf_token.get_secret_value() if config and config.hf_token else None
-    if (Path(path) / 'adapter_config.json').is_file(): from peft import PeftConfig; path = PeftConfig.from_pretrained(path).base_model_name_or_path
-    try: c = AutoConfig.from_pretrained(path, token=token)
+    path, revision = base_of(model_path(spec, role), token, config and config.revision)
+    try: c = AutoConfig.from_pretrained(path, token=token, revision=revision or 'main')
     except (OSError, ValueError) as e: raise BadInput(role, spec, f'could not be looked at ({str(e).strip().splitlines()[0][:120]})', 'Check the id, the network and, for a gated model, HF_TOKEN; offline, name a local folder.') from None
     with torch.device('meta'): model = AutoModelForCausalLM.from_config(c)
     t, targets = c.get_text_config(), {x.strip() for x in config.lora_target.split(',')} if config and config.lora else ()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AS_GOOD_AS_EQUAL', 'tiny_folder', 'model_path', 'pick_device', 'pick_dtype', 'head_of', 'read', 'head_agrees',
-           'gives_numbers', 'with_arguments', 'file_of', 'tokenizer_path', 'LM', 'merged', 'write']
+           'gives_numbers', 'with_arguments', 'file_of', 'base_of', 'tokenizer_path', 'LM', 'merged', 'write']
 
 # %% ../nbs/05_models.ipynb #c003
 import json
@@ -138,6 +138,17 @@ def file_of(
     found = cached_file(path, name, token=token, revision=revision, **{f'_raise_exceptions_for_{k}': False for k in kinds})
     return Path(found) if found else None
 
+# %% ../nbs/05_models.ipynb #b001
+def base_of(
+    path: str,                   # folder or Hub id of a model or of adapters
+    token: str | None = None,    # Hugging Face token
+    revision: str | None = None, # branch, tag or commit
+) -> tuple:                      # folder or Hub id, revision
+    "What adapters stand on; the path itself for a whole model."
+    if not (adapters := file_of(path, 'adapter_config.json', token, revision)): return path, revision
+    base = json.loads(adapters.read_text())
+    return base['base_model_name_or_path'], base.get('revision')
+
 # %% ../nbs/05_models.ipynb #c037
 def tokenizer_path(
     path: str,                   # folder or Hub id of a model or of adapters
@@ -145,10 +156,8 @@ def tokenizer_path(
     revision: str | None = None, # branch, tag or commit
 ) -> tuple:                      # where its tokenizer is: folder or Hub id, revision
     "The path itself, or for adapters that brought no tokenizer, their base."
-    adapters, *own = (file_of(path, n, token, revision) for n in ('adapter_config.json', 'tokenizer_config.json', 'tokenizer.json', 'tokenizer.model'))
-    if not adapters or any(own): return path, revision
-    base = json.loads(adapters.read_text())
-    return base['base_model_name_or_path'], base.get('revision')
+    own = (file_of(path, n, token, revision) for n in ('tokenizer_config.json', 'tokenizer.json', 'tokenizer.model'))
+    return (path, revision) if any(own) else base_of(path, token, revision)
 
 # %% ../nbs/05_models.ipynb #c026
 @dataclass(frozen=True)
