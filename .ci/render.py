@@ -3,6 +3,7 @@ import argparse, difflib, re, sys
 from pathlib import Path
 
 import nbformat
+from latex2mathml.converter import convert
 from nbconvert import HTMLExporter, MarkdownExporter
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -19,18 +20,46 @@ def as_read(nb):
     return nb
 
 
+STYLE = """<style>
+pre { white-space: pre-wrap !important; overflow-wrap: anywhere; word-break: normal !important }
+.jp-RenderedMarkdown .highlight { background: #f5f5f5; margin: .8em 0; padding: .4em .8em }
+.jp-RenderedMarkdown .highlight pre { background: none }
+.jp-RenderedHTML table.dataframe { display: block; overflow-x: auto }
+</style></head>"""
+CODE = r'(```.*?```|`[^`\n]*`)'
+FORMULA = r'\$\$(.+?)\$\$|(?<![\\\w$])\$([^\s$](?:[^$\n]*?[^\s$])?)\$(?![\w$])'
+
+
+def with_formulas(text):
+    "Markdown whose LaTeX is MathML, which browsers show without a network."
+    def shown(m): return convert(m[1] or m[2], display='block' if m[1] else 'inline')
+    return ''.join(part if i % 2 else re.sub(FORMULA, shown, part, flags=re.S) for i, part in enumerate(re.split(CODE, text, flags=re.S)))
+
+
+def links_of(page):
+    "Where a page's relative links lead."
+    return [h.partition('#')[0] for h in re.findall(r'<(?:a|img)\b[^>]*?(?:href|src)="([^"]+)"', page) if h.partition('#')[0] and not re.match(r'[a-z]+:', h)]
+
+
 def html(target: Path) -> int:
     target.mkdir(parents=True, exist_ok=True)
     notebooks = [p for p in sorted((ROOT / 'nbs').rglob('*.ipynb')) if '.ipynb_checkpoints' not in p.parts]
+    pages = {}
     for path in notebooks:
-        nb = nbformat.read(path, 4)
+        nb = as_read(nbformat.read(path, 4))
         bad = [o for c in nb.cells if c.cell_type == 'code' for o in c.outputs if o.output_type == 'error']
         if bad: print(f'{path.relative_to(ROOT)}: error cell: {bad[0].ename}: {bad[0].evalue}'); return 1
-        page, _ = HTMLExporter(embed_images=True).from_notebook_node(as_read(nb), resources={'metadata': {'path': str(path.parent), 'name': path.stem}})
-        page = page.replace('</head>', '<style>pre{white-space:pre-wrap!important;word-break:break-word}</style></head>', 1)  # long lines wrap
-        out = target / path.relative_to(ROOT / 'nbs').with_suffix('.html')
+        for c in nb.cells:
+            if c.cell_type == 'markdown': c.source = with_formulas(c.source)
+        front = path.stem == 'index'  # what its cells show is of interest, the cells are not
+        page, _ = HTMLExporter(embed_images=True, exclude_input=front, exclude_input_prompt=True, exclude_output_prompt=True).from_notebook_node(nb, resources={'metadata': {'path': str(path.parent), 'name': path.stem}})
+        page = re.sub(r'<script[^>]*\bsrc="https?:[^>]*>\s*</script>|<script type="text/x-mathjax-config">.*?</script>', '', page, flags=re.S).replace('</head>', STYLE, 1)  # nothing is fetched
+        page = re.sub(r'(href="(?![a-z]+:)[^"#]*)\.ipynb(["#])', r'\1.html\2', page)                       # notebooks name each other as files
+        out = pages[page] = target / path.relative_to(ROOT / 'nbs').with_suffix('.html')
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(page, encoding='utf-8')
+    dead = [f'{out.relative_to(target)}: {link}' for page, out in pages.items() for link in links_of(page) if not (out.parent / link).exists()]
+    if dead: print('Links that lead nowhere:', *dead, sep='\n'); return 1
     print(f'{len(notebooks)} notebooks rendered to {target}')
     return 0
 
@@ -39,7 +68,7 @@ def readme() -> str:
     nb = as_read(nbformat.read(ROOT / 'nbs' / 'index.ipynb', 4))
     text, _ = MarkdownExporter(exclude_input=True).from_notebook_node(nb)  # what a cell shows is of interest here, the cell is not
     text = re.sub(r'\]\((images/)', r'](nbs/\1', text)
-    text = re.sub(r'\]\(((?:runs/)?\w+)\.html', r'](nbs/\1.ipynb', text)
+    text = re.sub(r'\]\(((?:runs/)?\w+\.ipynb)', r'](nbs/\1', text)
     head = '<!-- Made from nbs/index.ipynb by `make readme`; edit that notebook. -->\n\n'
     return head + re.sub(r'\n{3,}', '\n\n', text).strip() + '\n'
 
