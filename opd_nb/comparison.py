@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STYLES', 'read_results', 'solved', 'untaught', 'weights', 'redrawn', 'cells_of', 'Drawn', 'band', 'compare', 'holm',
-           'against', 'grid', 'plot_curves', 'plot_recovery', 'plot_costs']
+           'against', 'grid', 'style_of', 'plot_curves', 'plot_recovery', 'plot_costs']
 
 # %% ../nbs/12_comparison.ipynb #c003
 import json
@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from .experiment import ARMS
 from .types import BadInput
 
 # %% ../nbs/12_comparison.ipynb #c005
@@ -157,11 +158,17 @@ def grid(
     if not len(table): return table
     wide = table.assign(cell=[cell(r) for r in table.itertuples()]).pivot(index='arm', columns='pair', values='cell')
     order = table.drop_duplicates('pair').sort_values('one_to_one').pair
-    best = table.groupby('arm').recovery.mean().sort_values(ascending=False).index
+    best = table.groupby('arm').recovery.agg(['count', 'mean']).sort_values(['count', 'mean'], ascending=False).index
     return wide.loc[best, list(order)].fillna('')
 
 # %% ../nbs/12_comparison.ipynb #k022
 STYLES = [(f'C{i}', s) for s in ('-', '--', ':') for i in range(10)]  # of up to thirty arms, colours of matplotlib's own cycle
+
+def style_of(
+    arm: str,   # one of `ARMS`
+) -> tuple:     # colour, dashes
+    "How an arm is drawn, in all pictures alike; what is none of them is grey."
+    return dict(zip(ARMS, STYLES)).get(arm, ('#888', '-'))
 
 # %% ../nbs/12_comparison.ipynb #c020
 def plot_curves(
@@ -174,9 +181,9 @@ def plot_curves(
     import matplotlib.pyplot as plt
     if ax is None: _, ax = plt.subplots(figsize=(6.5, 4), layout='constrained')
     scale, unit = dict(tokens=(1000, 'thousand student tokens'), seconds=(1, 'seconds of one core'))[over]
-    arms = dict.fromkeys(a for a, *_ in results if a != 'before' and '@' not in a)  # of all pairs, so that an arm has one colour in all pictures
-    for arm, (colour, dashes) in zip(arms, STYLES):
-        if not any((a, p) == (arm, pair) for a, p, _ in results): continue
+    names = [a for a in dict.fromkeys((*ARMS, *(n for n, *_ in results))) if a != 'before' and '@' not in a]
+    for arm in (a for a in names if any(key[:2] == (a, pair) for key in results)):
+        colour, dashes = style_of(arm)
         runs = [r for (a, p, _), r in results.items() if (a, p) == (arm, pair)]
         lines = [np.array([(0, untaught(r, results).sum()), *sorted((m[over], m['right']) for m in r['marks'])]).T for r in runs]
         x = np.linspace(0, min(line[0, -1] for line in lines), 1 + min(len(r['marks']) for r in runs))
@@ -199,8 +206,8 @@ def plot_recovery(
     import matplotlib.pyplot as plt
     if ax is None: _, ax = plt.subplots(figsize=(8, 4.2), layout='constrained')
     arms = list(dict.fromkeys(table.arm))
-    for i, (arm, (colour, dashes)) in enumerate(zip(arms, STYLES)):
-        t = table[table.arm == arm].sort_values('one_to_one')
+    for i, arm in enumerate(arms):
+        (colour, dashes), t = style_of(arm), table[table.arm == arm].sort_values('one_to_one')
         x = t.one_to_one + (i - len(arms) / 2) * .004
         ax.errorbar(x, t.recovery * 100, yerr=np.clip([(t.recovery - t.recovery_low) * 100, (t.recovery_high - t.recovery) * 100], 0, None), ls=dashes, color=colour, lw=1, marker='o', ms=3.5, capsize=2, elinewidth=.7, label=arm)
     ax.axhline(0, c='#888', lw=.8); ax.spines[['top', 'right']].set_visible(False)
