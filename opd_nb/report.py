@@ -68,7 +68,7 @@ def plot_curve(
             ax.fill_between(x, lo, hi, color=f'C{i}', alpha=.15, lw=0); ax.plot(x, y, 'o-', c=f'C{i}', ms=4, lw=1.2, label=run or 'run')
             for a, b in zip(x, y): ax.annotate(f'{b:.1f}', (a, b), (0, 6), textcoords='offset points', ha='center', fontsize=8)
         if len(lines[t.name]) > 1: ax.legend(fontsize=8, frameon=False)
-        ax.set(title=t.name, xlabel='step', ylabel=f"{t.main}{', %' if results.scale(t) == 100 else ''}", ylim=(0, None)); ax.spines[['top', 'right']].set_visible(False); ax.margins(y=.18)
+        ax.margins(x=.08, y=.18); ax.set(title=t.name, xlabel='step', ylabel=f"{t.main}{', %' if results.scale(t) == 100 else ''}", ylim=(0, None)); ax.spines[['top', 'right']].set_visible(False)
     return fig
 
 # %% ../nbs/10_report.ipynb #c014
