@@ -162,7 +162,7 @@ def grid(
     return wide.loc[best, list(order)].fillna('')
 
 # %% ../nbs/12_comparison.ipynb #k022
-STYLES = [(f'C{i}', s) for s in ('-', '--', ':') for i in range(10)]  # of up to thirty arms, colours of matplotlib's own cycle
+STYLES = [(f'C{i}', s) for s in ('-', '--', ':') for i in range(10) if i != 7]  # of up to 27 arms, colours of matplotlib's own cycle but for its grey
 
 def style_of(
     arm: str,   # one of `ARMS`
