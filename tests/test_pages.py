@@ -1,0 +1,45 @@
+"The rendering of notebooks as pages: formulas without a network, links that lead somewhere."
+import importlib.util
+
+import nbformat
+import pytest
+
+from conftest import ROOT
+
+spec = importlib.util.spec_from_file_location('render', ROOT / '.ci' / 'render.py')
+render = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(render)
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    "Makes pages of notebooks with one markdown cell each."
+    monkeypatch.setattr(render, 'ROOT', tmp_path)
+    def made(**texts):
+        for name, text in texts.items():
+            path = tmp_path / 'nbs' / f"{name.replace('_', '/')}.ipynb"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(text)]), path)
+        return render.html(tmp_path / 'site'), tmp_path / 'site'
+    return made
+
+
+def test_formulas_are_shown_by_the_browser_alone():
+    assert render.with_formulas('as $p$ is').startswith('as <math') and 'display="block"' in render.with_formulas('$$\\frac{p}{q}$$')
+    for plain in ('from $5 to $6', 'a `$HOME$` b', '```sh\necho $A$B$\n```', r'\$p\$'): assert render.with_formulas(plain) == plain
+
+
+def test_a_notebook_names_another_as_a_file_and_pages_name_pages(site):
+    status, pages = site(a='see [b](runs/b.ipynb#there) and [out](https://x.org/c.ipynb)', runs_b='back to [a](../a.ipynb)')
+    assert status == 0 and 'href="runs/b.html#there"' in (pages / 'a.html').read_text() and 'https://x.org/c.ipynb' in (pages / 'a.html').read_text()
+    assert 'href="../a.html"' in (pages / 'runs' / 'b.html').read_text()
+
+
+def test_a_link_that_leads_nowhere_fails_the_build(site, capsys):
+    status, _ = site(a='see [b](b.ipynb)')
+    assert status == 1 and 'a.html: b.html' in capsys.readouterr().out
+
+
+def test_pages_fetch_nothing(site):
+    _, pages = site(a='$x$')
+    assert 'src="http' not in (pages / 'a.html').read_text()
