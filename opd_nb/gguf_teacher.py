@@ -126,7 +126,7 @@ class GGUFTeacher:
         **reader,                      # n_ctx, n_gpu_layers, n_threads, see `Reader`
     ):
         self.codec, self.reader, self.limit = FileCodec(path, arguments), Reader(path, **reader), limit
-        self.top_k = min(top_k, self.reader.width)
+        self.context, self.top_k = self.reader.n_ctx, min(top_k, self.reader.width)
         if not np.isfinite(next(self.reader.rows([self.codec.stop_ids[0]], 0))).all(): raise BadInput('teacher', path.name, 'gives logits that are not numbers', 'The file is damaged; fetch it again.')
         self.capabilities = Capabilities(dense=not top_k, realised=True, generates=True, tokenizer=str(path), k=self.top_k)
 
@@ -137,7 +137,7 @@ class GGUFTeacher:
         on_error: str = 'raise', # 'raise' the `BadInput` of a record that cannot be scored, before any is; or 'return' it in its place
     ) -> list:                   # a `Dense` or `Sparse` for each, in the same order
         "How likely this teacher finds each token of these completions."
-        out, read, width = laid_out(conversations, completions, self.codec, self.reader.n_ctx, on_error), self.reader.rows, self.reader.width
+        out, read, width = laid_out(conversations, completions, self.codec, self.context, on_error), self.reader.rows, self.reader.width
         good = [i for i, r in enumerate(out) if not isinstance(r, BadInput)]
         need = sum(len(out[i][1]) for i in good) * width * 4
         if not self.top_k and need > self.limit: raise BadInput('teacher_top_k', 0, f'would hold {need / 2**30:.1f} GB of logits at once, and {self.limit / 2**30:.1f} is the bound', 'Set TEACHER_TOP_K=64, or lower micro_batch or MAX_NEW_TOKENS.')
@@ -151,7 +151,7 @@ class GGUFTeacher:
         max_new_tokens: int = 128, # longest answer, in the teacher's tokens
     ) -> list:                     # (text, stopped) of each, greedy
         "This teacher's own answers."
-        laid = laid_out(conversations, [(b'', False)] * len(conversations), self.codec, self.reader.n_ctx)
+        laid = laid_out(conversations, [(b'', False)] * len(conversations), self.codec, self.context)
         return written(self.codec, [continue_greedily(self.reader, p, self.codec.stop_ids, max_new_tokens) for p, _, _ in laid])
 
 # %% ../nbs/05_gguf.ipynb #c024

@@ -126,7 +126,7 @@ class HFTeacher:
         lm: LM,
         batch: int = 64,   # completions read at a time
     ):
-        self.lm, self.codec, self.batch = lm, lm.codec, batch
+        self.lm, self.codec, self.context, self.batch = lm, lm.codec, lm.context, batch
         self.capabilities = Capabilities(dense=True, realised=True, generates=True, tokenizer=lm.path)
 
     @torch.no_grad()
@@ -136,7 +136,7 @@ class HFTeacher:
         on_error: str = 'raise', # 'raise' the `BadInput` of a record that cannot be scored, before any is; or 'return' it in its place
     ) -> list:                   # a `Dense` for each, in the same order
         "How likely this teacher finds each token of these completions."
-        out = laid_out(conversations, completions, self.codec, self.lm.context, on_error)
+        out = laid_out(conversations, completions, self.codec, self.context, on_error)
         good = [i for i, r in enumerate(out) if not isinstance(r, BadInput)]
         order = sorted(good, key=lambda i: len(out[i][0]) + len(out[i][1]))
         for start in range(0, len(order), self.batch):
@@ -152,8 +152,8 @@ class HFTeacher:
         max_new_tokens: int = 128, # longest answer, in the teacher's tokens
     ) -> list:                     # (text, stopped) of each, greedy
         "This teacher's own answers."
-        prompts = [p for p, _, _ in laid_out(conversations, [(b'', False)] * len(conversations), self.codec, self.lm.context)]
-        room = [min(max_new_tokens, self.lm.context - len(p)) for p in prompts]
+        prompts = [p for p, _, _ in laid_out(conversations, [(b'', False)] * len(conversations), self.codec, self.context)]
+        room = [min(max_new_tokens, self.context - len(p)) for p in prompts]
         out = [[]] * len(prompts)
         for most in {*room} - {0}:
             same = [i for i, r in enumerate(room) if r == most]

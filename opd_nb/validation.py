@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GOOD', 'LOOK', 'ValidateSettings', 'word_f1', 'event_of', 'top_ids', 'teacher_top', 'topk_overlap', 'interval',
-           'verdict', 'Validation', 'validate']
+           'verdict', 'readable', 'Validation', 'validate']
 
 # %% ../nbs/08_validation.ipynb #c003
 import random
@@ -23,7 +23,7 @@ from .data import load_conversations
 from .dataset import data_report
 from .models import LM, read
 from .replies import made_folder
-from .teachers import load_teacher, spans
+from .teachers import laid_out, load_teacher, spans
 from .types import BadInput, Dense, Sparse
 from .vocab import Events, VocabMap
 
@@ -135,6 +135,20 @@ def verdict(
     low = np.nanmin(shares)
     return 'good' if low > GOOD else 'look' if low >= LOOK else 'regenerate'
 
+# %% ../nbs/08_validation.ipynb #r002
+def readable(
+    rows: list,   # of `Conversation`, with references
+    *models,      # students and teachers; those that run here have a `context`
+) -> tuple:       # the records that all of them can read, the `BadInput` of each other one
+    "Leave out what cannot be read."
+    bad = []
+    for m in models:
+        if not hasattr(m, 'context'): continue
+        laid = laid_out(rows, [(c.reference.encode(), True) for c in rows], m.codec, m.context, 'return')
+        bad += [x for x in laid if isinstance(x, BadInput)]
+        rows = [c for c, x in zip(rows, laid) if not isinstance(x, BadInput)]
+    return rows, bad
+
 # %% ../nbs/08_validation.ipynb #c025
 @dataclass(frozen=True)
 class Validation:
@@ -193,9 +207,11 @@ def validate(
     name = teacher if isinstance(teacher, str) else type(teacher).__name__
     teacher = load_teacher(teacher) if isinstance(teacher, str) else teacher
     if not teacher.capabilities.generates: raise BadInput('teacher', name, 'cannot write answers, which answer overlap needs', 'Take a teacher that generates.')
+    lm = LM.load(student) if isinstance(student, str) else student
+    drawn, (rows, bad) = len(rows), readable(rows, teacher, *([lm] if lm else []))
+    if not rows: raise BadInput('data', str(data)[:80], f'has no record that can be read: the first {bad[0].allowed}', bad[0].remedy)
     own = [text for text, _ in teacher.generate(rows, max_new_tokens=max_new_tokens)]
     overlap = [word_f1(a, c.reference) for a, c in zip(own, rows)]
-    lm = LM.load(student) if isinstance(student, str) else student
     tops = topk_overlap(rows, teacher, lm, k) if lm else [(0., 0)] * len(rows)
     kinds = [c.metadata.get('kind') or 'unnamed' for c in rows]
     def row(kind, keep):
@@ -204,5 +220,5 @@ def validate(
         return dict(kind=kind, records=len(keep), answer=a[0], answer_low=a[1], answer_high=a[2], topk=t[0], topk_low=t[1], topk_high=t[2], verdict=verdict(a[0], t[0]))
     table = [row(kind, [i for i, x in enumerate(kinds) if x == kind]) for kind in sorted(set(kinds)) if {*kinds} != {'unnamed'}] + [row('all', range(len(rows)))]
     worst = sorted(range(len(rows)), key=lambda i: overlap[i])[:5]
-    note = f'answers of {name}; ' + (f'top {k} of {name} and {student if isinstance(student, str) else lm.path.split("/")[-1]}' if lm else 'top-k overlap not measured, since no student was named')
+    note = f'answers of {name}; ' + (f'top {k} of {name} and {student if isinstance(student, str) else lm.path.split("/")[-1]}' if lm else 'top-k overlap not measured, since no student was named') + (f'; {len(bad)} of {drawn} records left out, the first since it {bad[0].allowed}' if bad else '')
     return Validation(pd.DataFrame(table), pd.DataFrame([dict(overlap=round(overlap[i], 3), question=rows[i].prompt[-1]['content'], record=rows[i].reference, teacher=own[i]) for i in worst]), note)
