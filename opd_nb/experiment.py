@@ -81,12 +81,13 @@ class Budget:
     batch: int = 64          # answers in a step
     puzzles: int = 400       # held out, to be judged by
     prompts: int = 12_000    # to train on
+    patience: float = 4.     # times its seconds: a run that has not reached its tokens by then is read as it is
     marks: int = 6           # readings on the way to each of the two budgets
     course: int | None = None # steps of the student's course; its own if not set
     rates: tuple = (3e-5, 1e-4, 3e-4, 1e-3) # learning rates of AdamW that are tried
 
 # %% ../nbs/12_experiment.ipynb #e001
-FAST = Budget(tokens=1500, seconds=1.5, batch=8, puzzles=24, prompts=48, marks=2, course=20, rates=(1e-3,))  # tries the machinery, says nothing
+FAST = Budget(tokens=1500, seconds=1.5, batch=8, puzzles=24, prompts=48, marks=2, course=20, patience=40., rates=(1e-3,))  # tries the machinery, says nothing
 TRIAL = 1000, .25  # seed with which rates are tried, and the share of the budget
 LAST = .1                    # share of the steps whose weights are averaged, to be judged by
 
@@ -260,7 +261,7 @@ def experiment(
     run.vocab = None  # no vocabulary, no health figures; the loss has its own
     noted = lambda run, f: dict(step=run.step, loss=round(f['loss'], 4), length=round(f['length'], 2))
     untaught, average = checked(run.student, puzzles), [w.detach().clone() for w in run.student.model.parameters()]
-    while len(meter.at) < 2 and meter.done['seconds'] < 4 * budget.seconds:
+    while len(meter.at) < 2 and meter.done['seconds'] < budget.patience * budget.seconds:
         start, earlier = time.thread_time(), timed.seconds
         f = train_step(run)
         took, asked = time.thread_time() - start, timed.seconds - earlier

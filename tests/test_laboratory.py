@@ -138,7 +138,7 @@ def test_fast_laboratory_makes_every_arm_once(fast):
     assert [f.stat().st_mtime_ns for f in files] == stamps
     for arm, r in ((f.name.split('-')[0], json.loads(f.read_text())) for f in files):
         if arm == 'before': continue
-        assert r['at']['tokens']['tokens'] >= FAST.tokens and r['at']['seconds']['seconds'] >= FAST.seconds
+        assert r['at']['tokens']['tokens'] >= FAST.tokens and r['at']['seconds']['seconds'] >= FAST.seconds and len(r['before']) == FAST.puzzles
         assert all(m['loss'] == m['loss'] for m in r['marks']) and sum(r['at']['tokens']['spent'].values()) == pytest.approx(r['at']['tokens']['seconds'], abs=.2)
         assert not r['at']['tokens']['cut'] and r['student'] and r['student'] == json.loads((fast / 'results' / 'before-crossing-0.json').read_text())['student']
 
