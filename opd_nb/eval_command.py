@@ -11,12 +11,13 @@ from pathlib import Path
 from .cli import read_settings, summary
 from .config import Flags, OPDConfig
 from .notebooks import literal
+from .settings import TOPICS
 from .types import BadInput, unknown
 
 # %% ../nbs/14_eval_command.ipynb #c006
 def eval_flags() -> Flags:
     "The flags of `opd eval`."
-    parser = Flags('opd eval', summary('eval'), epilog='Settings of a run are understood too, such as --device and --dtype; opd train --help lists them.')
+    parser = Flags('opd eval', summary('eval'), epilog='The settings of a run that belong to student, teacher and evaluation are understood too, and --device; opd train --help lists them.')
     parser.add_argument('--models', nargs='+', metavar='NAME=SPEC', help='models by name, or the folder of a run for all its students; what BASE_MODEL_ID, SFT_MODEL_PATH and KD_MODEL_PATH name, if not given')
     parser.add_argument('--tasks', metavar='NAMES', help='by comma: countdown, arc_easy_local, NAME=FILE, names of lm-eval, files of your own questions and answers [default EVAL_TASKS]')
     parser.add_argument('--limit', metavar='N', help='most questions of a task [default EVAL_MAX_SAMPLES]')
@@ -36,7 +37,7 @@ def read_words(
     "The words of `opd eval`; a flag that neither knows is told with its nearest."
     parser = eval_flags()
     known, rest = parser.parse_known_args(argv)
-    own, settings = {o for a in parser._actions for o in a.option_strings}, {'--' + f.replace('_', '-') for f in OPDConfig.model_fields}
+    own, settings = {o for a in parser._actions for o in a.option_strings}, {'--' + f.replace('_', '-') for f in ('device', *(f for t in ('student', 'teacher', 'evaluation') for f in TOPICS[t].model_fields))}
     strange = [w.partition('=')[0] for w in rest if w.startswith('--') and w.partition('=')[0] not in settings | {'--config', '--preset'} | {s.replace('--', '--no-', 1) for s in settings}]
     if strange: raise unknown('flag', strange[0], own | settings)
     given = {k: v for k, v in dict(eval_tasks=known.tasks, eval_max_samples=known.limit, eval_output_dir=known.out).items() if v is not None}
