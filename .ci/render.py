@@ -46,19 +46,20 @@ def html(target: Path) -> int:
     notebooks = [p for p in sorted((ROOT / 'nbs').rglob('*.ipynb')) if '.ipynb_checkpoints' not in p.parts]
     pages = {}
     for path in notebooks:
-        nb = as_read(nbformat.read(path, 4))
+        nb = nbformat.read(path, 4)
         bad = [o for c in nb.cells if c.cell_type == 'code' for o in c.outputs if o.output_type == 'error']
         if bad: print(f'{path.relative_to(ROOT)}: error cell: {bad[0].ename}: {bad[0].evalue}'); return 1
-        for c in nb.cells:
+        for c in as_read(nb).cells:
             if c.cell_type == 'markdown': c.source = with_formulas(c.source)
         front = path.stem == 'index'  # what its cells show is of interest, the cells are not
         page, _ = HTMLExporter(embed_images=True, exclude_input=front, exclude_input_prompt=True, exclude_output_prompt=True).from_notebook_node(nb, resources={'metadata': {'path': str(path.parent), 'name': path.stem}})
         page = re.sub(r'<script[^>]*\bsrc="https?:[^>]*>\s*</script>|<script type="text/x-mathjax-config">.*?</script>', '', page, flags=re.S).replace('</head>', STYLE, 1)  # nothing is fetched
         page = re.sub(r'(href="(?![a-z]+:)[^"#]*)\.ipynb(["#])', r'\1.html\2', page)                       # notebooks name each other as files
-        out = pages[page] = target / path.relative_to(ROOT / 'nbs').with_suffix('.html')
+        out = target / path.relative_to(ROOT / 'nbs').with_suffix('.html')
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(page, encoding='utf-8')
-    dead = [f'{out.relative_to(target)}: {link}' for page, out in pages.items() for link in links_of(page) if not (out.parent / link).exists()]
+        pages[out] = page
+    dead = [f'{out.relative_to(target)}: {link}' for out, page in pages.items() for link in links_of(page) if not (out.parent / link).exists()]
     if dead: print('Links that lead nowhere:', *dead, sep='\n'); return 1
     print(f'{len(notebooks)} notebooks rendered to {target}')
     return 0

@@ -72,7 +72,8 @@ def cells_of(
     for (arm, pair, _), r in results.items():
         if arm == 'before' or '@' in arm or not {pair, 'teacher'} <= ends or at not in r['at']: continue
         cell = out.setdefault((pair, arm), [])
-        for other, key in (*[(results['before', pair, 0], 'student')] * ('before' not in r), *((c, 'settings') for c in cell[:1])):
+        like = [(c, 'settings') for c in cell[:1]] + ([] if 'before' in r else [(results['before', pair, 0], 'student')])
+        for other, key in like:
             if key in r and key in other and r[key] != other[key]: raise BadInput('results', f"{arm}-{pair}-{r['seed']}.json", f"has another {key} than {other['arm']}-{pair}-{other['seed']}.json: {r[key]}, {other[key]}", 'Delete what is older; the laboratory makes it again.')
         cell.append(r)
     return out

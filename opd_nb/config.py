@@ -52,9 +52,9 @@ def teacher_spec(
 ) -> str | None:   # what `--teacher` would be given, or None if no backend is named
     "The teacher that the keys in `SPEC_KEYS` describe."
     upper = [{name.upper(): value for name, value in place.items() if value} for place in places]
-    k, names = {name: value for place in upper for name, value in place.items()}, ('TEACHER_BACKEND', 'OPD_TEACHER')
-    decides = next(([n for n in names if n in place] for place in reversed(upper) if any(n in place for n in names)), [])
-    if decides != ['TEACHER_BACKEND']: return None
+    decides = next((place for place in reversed(upper) if {'TEACHER_BACKEND', 'OPD_TEACHER'} & set(place)), {})
+    if 'TEACHER_BACKEND' not in decides or 'OPD_TEACHER' in decides: return None
+    k = {name: value for place in upper for name, value in place.items()}
     specs = dict(hf='hf:' + k.get('TEACHER_MODEL_ID', 'Qwen/Qwen2.5-7B-Instruct'), tiny='tiny:',
                  openrouter='openrouter:' + k.get('OPENROUTER_MODEL', 'qwen/qwen-2.5-7b-instruct'),
                  gguf='gguf:' + k.get('TEACHER_GGUF_PATH', k.get('TEACHER_GGUF', '')),

@@ -166,7 +166,7 @@ def must_fit_templates(
         for roles, rows in kinds.items() if getattr(model, 'codec', None) else ():
             try: model.codec.prompt(rows[0].prompt)
             except BadInput as e:
-                raise BadInput('data', str(run.config.data), f"has {len(rows)} of {len(run.train + run.val)} prompts with the turns {', '.join(roles)}, of which one {e.allowed.replace('the chat template', f'the chat template of the {who}')}", e.remedy.replace('the record', 'them')) from None
+                raise BadInput('data', str(run.config.data), f"has {len(rows)} of {len(run.train + run.val)} prompts with the turns {', '.join(roles)}, which are not for this {who}: the first {e.allowed}", e.remedy) from None
 
 # %% ../nbs/09_run.ipynb #c020
 def compute_dtype(

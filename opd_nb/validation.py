@@ -138,13 +138,13 @@ def verdict(
 # %% ../nbs/08_validation.ipynb #r002
 def readable(
     rows: list,   # of `Conversation`, with references
-    *models,      # students and teachers; those that run here have a `context`
+    *models,      # students and teachers; of one without a tokenizer nothing is known
 ) -> tuple:       # the records that all of them can read, the `BadInput` of each other one
     "Leave out what cannot be read."
     bad = []
     for m in models:
-        if not hasattr(m, 'context'): continue
-        laid = laid_out(rows, [(c.reference.encode(), True) for c in rows], m.codec, m.context, 'return')
+        if not m.codec: continue
+        laid = laid_out(rows, [(c.reference.encode(), True) for c in rows], m.codec, getattr(m, 'context', np.inf), 'return')
         bad += [x for x in laid if isinstance(x, BadInput)]
         rows = [c for c, x in zip(rows, laid) if not isinstance(x, BadInput)]
     return rows, bad
