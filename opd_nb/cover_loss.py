@@ -179,13 +179,15 @@ def open_cells(
     "The student tokens that are compared as one, because the teacher did not say which."
     looks, share = on
     starts, at_ = (way.boundary > 0).nonzero()[:, 0], at.tolist()
-    ways, of = [], starts.tolist()  # (unit, tokens on from the one under way, bytes written of it, bytes known before it, teacher event)
-    ways += [(of[n], 0, b'', b'', w) for n, w in (e[at[starts]] * way.boundary[starts, None] > least).nonzero().tolist()]
+    looks, share = [(u, 0, b'') for u in starts.tolist()] + looks, torch.cat([way.boundary[starts], share])  # at a boundary nothing is known before
+    open_ = [asked.openers(r) for *_, r in looks]
+    which, event = np.repeat(np.arange(len(looks)), [len(x) for x in open_]), np.concatenate([np.zeros(0, np.int64), *open_])
+    row, of, w = (torch.as_tensor(x, dtype=torch.long, device=e.device) for x in ([at_[u] + h for u, h, _ in looks], which, event))
+    likely = (e[row[of], w] * share[of] > least).nonzero()[:, 0].tolist()
+    ways = [(*looks[which[f]][:2], b'', looks[which[f]][2], int(event[f])) for f in likely]  # unit, tokens on from the one under way, bytes written of it, bytes known before it, teacher event
     for f in (way.p > least).nonzero()[:, 0].tolist():
         u, j, c = way.looks[way.which[f]]
         ways.append((u, -j, c, b'', int(way.event[f])))
-    rows = [at_[u] + h for u, h, _ in looks]
-    ways += [(*looks[n][:2], b'', looks[n][2], w) for n, w in (e[rows] * share[:, None] > least).nonzero().tolist()]
     home = {}  # unit -> event -> the cell it is in
     for u, h, c, r, w in ways:
         if 0 <= h < len(ahead[u]) and w == asked.event[ids[at_[u] + h]]: continue  # followed on

@@ -17,7 +17,7 @@ from .types import BadInput, unknown
 # %% ../nbs/14_eval_command.ipynb #c006
 def eval_flags() -> Flags:
     "The flags of `opd eval`."
-    parser = Flags('opd eval', summary('eval'), epilog='The settings of a run that belong to student, teacher and evaluation are understood too, and --device; opd train --help lists them.')
+    parser = Flags('opd eval', summary('eval'), epilog='Settings of a run that belong to student, teacher and evaluation are understood too: opd train --help lists them.')
     parser.add_argument('--models', nargs='+', metavar='NAME=SPEC', help='models by name, or the folder of a run for all its students; what BASE_MODEL_ID, SFT_MODEL_PATH and KD_MODEL_PATH name, if not given')
     parser.add_argument('--tasks', metavar='NAMES', help='by comma: countdown, arc_easy_local, NAME=FILE, names of lm-eval, files of your own questions and answers [default EVAL_TASKS]')
     parser.add_argument('--limit', metavar='N', help='most questions of a task [default EVAL_MAX_SAMPLES]')

@@ -18,6 +18,7 @@ import torch
 from .alignment import align
 from .distil import batches, distil_rows, parts, read_as
 from .engine import LOSSES
+from .memory import shape, written_at_once
 from .processes import share
 from .rollouts import as_rollout
 from .sharding import whole
@@ -69,8 +70,10 @@ def written(
 ) -> list:               # of `Rollout`, of this process's share
     "What the student answers."
     c, here = run.config, share(run.state, len(conversations), group)
+    longest = max((sum(len(m['content'].encode()) for m in x.prompt) for x in conversations), default=0) + 256  # a token is a byte at least, and a template a few
+    at_once = written_at_once(c, shape(run.student.model, c), run.micro_batch, longest)
     with whole(run.student.model), torch.autocast(run.student.device.type, run.compute, enabled=run.compute is not None):
-        return run.write(run.student, conversations[here], c.max_new_tokens, c.seed, step, here.start, c.temperature, c.top_p, run.micro_batch, run.most)
+        return run.write(run.student, conversations[here], c.max_new_tokens, c.seed, step, here.start, c.temperature, c.top_p, at_once, run.most)
 
 # %% ../nbs/09_methods.ipynb #c013
 def taken(

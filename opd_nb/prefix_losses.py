@@ -260,7 +260,7 @@ def marginal_jsd(
     "JSD_β of a target and the student."
     certain = (1 - t[:, -1]).clamp(min=0) if open_ == 'drop' else torch.ones_like(t[:, -1])
     p = s.log_softmax(-1)[piece.student_start]
-    on = pool(torch.cat([spellings.events.to(s.device).gather(p), p[:, stops].logsumexp(-1, keepdim=True)], -1).clamp(min=-1e4))
+    on = pool(torch.cat([spellings.events.gather(p), p[:, stops].logsumexp(-1, keepdim=True)], -1).clamp(min=-1e4))
     t, certain = (t[:, :-1] / certain.clamp(min=1e-9)[:, None]).to(on), certain.to(on)
     nothing = (1 - t.sum(-1)).clamp(min=0)
     t = pool(t.log()).exp()

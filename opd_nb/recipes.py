@@ -69,6 +69,7 @@ def estimate(
     peak: float = 400e12,       # operations a second of the card in bfloat16, as reached in practice on its best matrix products
     reading: float = .4,        # share of it that reading and training reach
     bandwidth: float = 2.5e12,  # bytes a second from memory, which bounds writing
+    layer: float = .95e-3,      # seconds that starting the kernels of a layer takes, which bounds it too
 ) -> dict:                      # GB and hours of one distillation run
     "Memory and time of one run of a recipe on one card."
     s, t, c = shapes[recipe.student], shapes[recipe.teacher.removeprefix('hf:')], recipe.settings
@@ -76,7 +77,7 @@ def estimate(
     rows = c['micro_batch'] * (recipe.prompt + c['max_new_tokens'])
     memory = dict(student=s.weights * bytes_each / 1e9, teacher=t.weights * 2 / 1e9, activations=rows * (s.layers * s.dim * 2 + s.dim * 40 + s.inner * 12) / 1e9, logits=2 * .5)
     tokens = c['batch'] * (recipe.prompt + c['max_new_tokens'])
-    seconds = dict(writing=c['max_new_tokens'] * s.weights * 2 / bandwidth * -(-c['batch'] // c['micro_batch']) * 3, teacher=2 * t.weights * tokens / peak / reading, student=8 * s.weights * tokens / peak / reading)
+    seconds = dict(writing=c['max_new_tokens'] * max(s.weights * 2 / bandwidth, s.layers * layer), teacher=2 * t.weights * tokens / peak / reading, student=8 * s.weights * tokens / peak / reading)
     return dict(memory | dict(gigabytes=sum(memory.values())), **{f'{k}_hours': x * c['max_steps'] / 3600 for k, x in seconds.items()}, hours=sum(seconds.values()) * c['max_steps'] / 3600)
 
 # %% ../nbs/12_recipes.ipynb #c014

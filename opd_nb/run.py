@@ -50,7 +50,7 @@ class Run:
     compute: torch.dtype | None = None  # number format of products, if the weights have another
     write: object = rollout  # who writes: a function of the signature of `rollout`
     most: int | None = None  # longest prompt, in tokens
-    micro_batch: int = 64    # rollouts that pass through the models at a time; halved when memory is short
+    micro_batch: int = 64    # rollouts that the models read at a time; halved when memory is short
     step: int = 0            # steps taken
     best: float | None = None # best validation figure so far
     monitor: tuple | None = None # what that is: the settings `monitor` and `monitor_mode`, the figure, whether more is better

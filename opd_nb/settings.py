@@ -128,7 +128,7 @@ class OptimizerSettings(BaseModel):
     "How weights move."
     max_steps: int = setting(300, 'Optimizer steps.', 'steps', ge=1)
     batch: int = setting(16, 'Prompts per optimizer step.', 'prompts', ge=1)
-    micro_batch: int = setting(64, 'Rollouts that pass through the models at a time; lower it to save memory.', 'rollouts', ge=1)
+    micro_batch: int = setting(64, 'Rollouts that the models read at a time; lower it to save memory.', 'rollouts', ge=1)
     learning_rate: float = setting(5e-5, 'Peak learning rate.', 'per step', gt=0)
     optimizer: Literal['adamw', 'muon'] = setting('adamw', 'adamw, or muon for the matrices (learning rate × 10) with AdamW for the rest; muon is for small models trained whole.')
     warmup_steps: int = setting(10, 'Steps of linear warm-up before the rate falls.', 'steps', ge=0)

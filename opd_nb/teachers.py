@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from .config import OPDConfig
-from .models import LM, read, write
+from .models import LM, read, tiny_folder, write
 from .scalar_losses import realised
 from .types import BadInput, Dense, unknown
 
@@ -211,10 +211,10 @@ def hf_teacher(
 @register_teacher('tiny')
 def tiny_teacher(
     name: str,           # an embedded model; the embedded teacher if empty
-    config: OPDConfig,   # dtype, device
+    config: OPDConfig,   # see `hf_teacher`
 ) -> HFTeacher:
     "An embedded model as teacher."
-    return HFTeacher(LM.load(f'tiny:{name}', 'teacher', config.teacher_dtype, config.teacher_device or config.device), config.micro_batch)
+    return hf_teacher(str(tiny_folder(name or 'teacher')), config)
 
 # %% ../nbs/05_teachers.ipynb #c032
 def measure(

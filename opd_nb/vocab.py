@@ -37,10 +37,11 @@ class Events:
         logp: torch.Tensor,   # [N, V] log-probabilities (or logits) over the vocabulary
     ) -> torch.Tensor:        # [N, E]
         "Log-probability of each event: the log of the sum over its ids."
-        out = logp.index_select(1, self.ids)
-        if not len(self.shared): return out
-        spread = logp[:, self.groups.clamp(min=0)].clamp(min=-1e4).masked_fill(self.groups < 0, -torch.inf)
-        return out.index_copy(1, self.shared, spread.logsumexp(-1))
+        here = self.to(logp.device)
+        out = logp.index_select(1, here.ids)
+        if not len(here.shared): return out
+        spread = logp[:, here.groups.clamp(min=0)].clamp(min=-1e4).masked_fill(here.groups < 0, -torch.inf)
+        return out.index_copy(1, here.shared, spread.logsumexp(-1))
 
     def to(self,
         device,    # torch device

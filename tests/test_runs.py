@@ -126,11 +126,11 @@ def test_loops_side_by_side_in_small(tmp_path):
 def test_gpu_in_small(tmp_path):
     "Shapes of a toy, on a CPU: each phase has its time, for adapters and for all weights."
     from opd_nb.models import tiny_folder
-    small = dict(student_shape='2,32,2,1,64', teacher_shape='2,64,2,1,96', student_vocab=512, teacher_vocab=512, tokenizer=tiny_folder('teacher'), batch=4, micro_batch=2, max_new_tokens=6, steps=2, device='cpu')
+    small = dict(student_shape='2,32,2,1,64', teacher_shape='2,64,2,1,96', student_vocab=512, teacher_vocab=512, tokenizer=tiny_folder('teacher'), batch=4, micro_batch=2, max_new_tokens=6, steps=2, at_once='2,4', repeats=1, device='cpu')
     done = papermill(tmp_path, *(w for k, v in small.items() for w in ('-p', k, str(v))), notebook='gpu')
     assert done.returncode == 0, done.stderr[-2000:]
     m = json.loads((tmp_path / 'metrics.json').read_text())
-    assert set(m['modes']) == {'lora', 'whole'} and all(x[k] > 0 for x in m['modes'].values() for k in ('rollout', 'teacher', 'student', 'tokens_per_second', 'peak_gb')) and not (tmp_path / 'student').exists()
+    assert set(m['modes']) == {'lora', 'whole'} and all(x[k] > 0 for x in m['modes'].values() for k in ('rollout', 'teacher', 'student', 'tokens_per_second', 'peak_gb')) and set(m['writing']) == {'whole, 2', 'whole, 4', 'lora, 2', 'lora, 4'} and not (tmp_path / 'student').exists()
 
 
 def test_spelling_in_small(tmp_path):
