@@ -134,11 +134,12 @@ def under_way(
         nonlocal p
         p = p.index_fill(0, on(gone, dtype=torch.long), 0)
         return e.new_ones(len(written)).index_add_(0, i, torch.where(now, 0, e.new_zeros(len(looks)).index_add_(0, on(which), p) / reached))
-    first, apart = np.cumsum(hi - lo) - hi, [(n, lo_, hi_) for n, (u, back, c) in enumerate(looks) if back for lo_, hi_ in asked.grown(c, before[u])]
-    n, lo_, hi_ = np.array(apart, np.int64).reshape(-1, 3).T
-    total = without(inside(first[n] + lo_, hi_ - lo_))
-    doubtful = (~now[which] & (p > least * (reached * total[i])[which])).nonzero()[:, 0].tolist()
-    total = without([f for f, k in zip(doubtful, asked.cut([(before[looks[which[f]][0]], int(to[f])) for f in doubtful])) if not k])
+    none = np.zeros((0, 2), np.int64)
+    apart = [asked.grown(c, before[u]) if back else none for u, back, c in looks]
+    (lo_, hi_), first = np.concatenate([none, *apart]).T, np.repeat(np.cumsum(hi - lo) - hi, [len(x) for x in apart])
+    total = without(inside(first + lo_, hi_ - lo_))
+    doubtful = (~now[which] & (p > least * (reached * total[i])[which])).nonzero()[:, 0].cpu().numpy()
+    total = without(doubtful[~asked.cut(before, i.cpu().numpy()[which[doubtful]], to[doubtful])])
     scale = 1 / (reached * total[i])
     ended = e.new_zeros(len(written)).index_put_((i[now],), (own * scale)[now])
     begins = on([not cs[0] for cs in written], dtype=torch.bool)
@@ -244,10 +245,10 @@ def as_cut(
     least: float,     # probability below which a token is not looked at
 ) -> torch.Tensor:    # [U, E + 2]
     "Targets without the tokens that the student's tokenizer would not have begun there. Where less than `remains` would be left, the student has cut as no tokenizer does, and the bytes are all there is to go by."
-    units, events = (t[:, :-2] > least).nonzero().T.tolist()
-    gone = [x for x, k in zip(zip(units, events), asked.cut([(before[u], e) for u, e in zip(units, events)])) if not k]
-    if not gone: return t
-    without = t.index_put(tuple(torch.tensor(gone, device=t.device).T), t.new_zeros(()))
+    units, events = (t[:, :-2] > least).nonzero().cpu().numpy().T
+    gone = ~asked.cut(before, units, events)
+    if not gone.any(): return t
+    without = t.index_put(tuple(torch.as_tensor(x[gone], device=t.device) for x in (units, events)), t.new_zeros(()))
     left = without.sum(-1, keepdim=True)
     return torch.where(left >= remains, without / left.clamp(min=1e-9), t)
 

@@ -160,7 +160,7 @@ def distil_rows(
     own, prompts = [r.ends for r in rows], [r.conversation.key for r in rows]
     if isinstance(signals[0], Judged):
         alignment = align(own, own)  # its own positions, each a chunk
-        out = LOSSES['pg'].fn(side, replace(side, logprobs=torch.zeros(len(side.ids))), alignment, vocab, advantage=credits(signals, prompts)[alignment.row])
+        out = LOSSES['pg'].fn(side, replace(side, logprobs=torch.zeros(len(side.ids), device=side.ids.device)), alignment, vocab, advantage=credits(signals, prompts)[alignment.row])
         marks = [s.score for s in signals if s.score == s.score]
         return out, [(len(marks), dict(mark=sum(marks) / max(1, len(marks))))]
     said, alignment = teacher_side(signals, len(vocab.tokens[1]) if vocab else 1), align(own, [s.ends for s in signals])

@@ -15,12 +15,14 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import torch
+
 from .config import OPDConfig
 from .data import load_conversations
 from .distil import loss_for
 from .machine import Line, device_line, disk_line, folder_line, package_lines, python_line
 from .memory import available, estimate, human, shape_of
-from .methods import get_method
+from .methods import get_method, rows_at_once
 from .models import pick_device
 from .rollouts import rollout
 from .spending import TeacherGone
@@ -39,6 +41,7 @@ def look(
     try:
         with contextlib.redirect_stdout(io.StringIO()): return work(), []
     except BadInput as e: return None, [Line('stop', topic, ' '.join(f'{e.field} = {str(e.value)[:120]!r}: {e.allowed}'.split()), ' '.join(e.remedy.split()))]
+    except torch.OutOfMemoryError as e: return None, [Line('stop', topic, f'needs more memory than the device has left ({str(e).strip().splitlines()[0][:160]})', 'Lower --micro-batch or --max-new-tokens, or take --lora or --gradient-checkpointing; a run halves the micro-batch by itself.')]
     except (ValueError, TeacherGone) as e: return None, [Line('stop', topic, ' '.join(str(e).split()))]  # such as a text that a vocabulary cannot spell
 
 # %% ../nbs/10_doctor.ipynb #c009
@@ -150,19 +153,21 @@ def probe(
 ) -> dict:          # seconds per rollout: writing, learning; tokens per rollout, dollars per rollout, figures
     "Write, score and learn from a few rollouts, without a step."
     c, hosted = pair.config, hasattr(pair.teacher, 'estimate')
-    whole = min(c.batch * c.num_generations, c.micro_batch)
-    for n in (1, min(8, whole), whole):  # to warm up, to see, and to count
-        asked = (rows * n)[:n]
+    each = c.batch * c.num_generations
+    whole, some = min(each, c.micro_batch), min(each, c.micro_batch, 8)
+    many = min(each, rows_at_once(pair.student, c, c.micro_batch, rows))
+    for n, m in ((1, 1), (some, some), (whole, many)):  # learnt from and written at a time: to warm up, to see, and to count
+        asked = (rows * m)[:m]
         start = time.perf_counter()
-        written = rollout(pair.student, asked, c.max_new_tokens, c.seed, temperature=c.temperature, top_p=c.top_p, batch=n)
+        written = rollout(pair.student, asked, c.max_new_tokens, c.seed, temperature=c.temperature, top_p=c.top_p, batch=m)
         between, figures = time.perf_counter(), {}
-        if not hosted and any(r.ids for r in written): figures = learn(pair, pair.teacher, *(r for r in written if r.ids))[-1]
+        if not hosted and any(r.ids for r in written[:n]): figures = learn(pair, pair.teacher, *(r for r in written[:n] if r.ids))[-1]
         end = time.perf_counter()
-        if n > 1 and (end - start) / n * whole > 10: break
+        if n > 1 and (between - start) / m * many + (end - between) / n * whole > 10: break
     pair.student.model.zero_grad()
     priced = pair.teacher.estimate(asked, [(r.data, r.stopped) for r in written]) if hosted else None
-    return dict(rows=n, writing=(between - start) / n, learning=(end - between) / n, tokens=sum(len(r.ids) for r in written) / n, cut=sum(not r.stopped for r in written) / n,
-                dollars=0. if not hosted else None if priced.dollars is None else priced.dollars / n, figures=figures)
+    return dict(rows=m, writing=(between - start) / m, learning=(end - between) / n, tokens=sum(len(r.ids) for r in written) / m, cut=sum(not r.stopped for r in written) / m,
+                dollars=0. if not hosted else None if priced.dollars is None else priced.dollars / m, figures=figures)
 
 # %% ../nbs/10_doctor.ipynb #c028
 def probe_lines(

@@ -48,10 +48,11 @@ class Options:
         return has and (self.chat == 'on' or self.chat == 'auto' and writes)
 
     def requests(self,
-        lm: LM,    # who is asked
-    ):             # a number, or 'auto' for lm-eval's search
-        "Requests at a time: on a GPU as many as fit, on a CPU 16, where more are no faster."
-        return self.batch if self.batch != 'auto' else 'auto' if lm.device.type == 'cuda' else 16
+        lm: LM,        # who is asked
+        writes: bool,  # it writes an answer; otherwise given choices are compared
+    ):                 # a number, or 'auto' for lm-eval's search
+        "Requests at a time. On a CPU 16, where more are no faster; on a GPU as many as fit, or 64 to be written, for which lm-eval would make room as if each answer filled the context."
+        return self.batch if self.batch != 'auto' else 16 if lm.device.type == 'cpu' else 64 if writes else 'auto'
 
 # %% ../nbs/10_harness.ipynb #c009
 def content_hash(
@@ -172,7 +173,7 @@ def ask_lm_eval(
     writes = task.OUTPUT_TYPE == 'generate_until'
     longest = options.max_new_tokens or (task.config.generation_kwargs or {}).get('max_gen_toks', 256)
     with quiet():
-        model = wrapped(lm, options.requests(lm), lambda share: tick(share * len(rows)))
+        model = wrapped(lm, options.requests(lm, writes), lambda share: tick(share * len(rows)))
         if writes and longest >= model.max_length: raise BadInput('max_new_tokens', longest, f'leaves no room in a context of {model.max_length} tokens', 'Use a smaller --answer-tokens.')
         with without(need_lm_eval().evaluator, 'add_env_info', 'get_git_commit_hash'):  # pip, git and lscpu, two seconds a call
             found = need_lm_eval().simple_evaluate(model, tasks=[task], samples={task.config.task: rows}, num_fewshot=options.fewshot, bootstrap_iters=0, apply_chat_template=options.templated(lm, writes),

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FROM_REFERENCES', 'METHODS', 'METHODS_ELSEWHERE', 'COUNTS', 'LARGEST', 'step_prompts', 'epoch_order', 'write_or_take',
-           'written', 'taken', 'need_references', 'register_method', 'get_method', 'sums', 'weighted', 'cross_entropy',
-           'step_terms']
+           'rows_at_once', 'written', 'taken', 'need_references', 'register_method', 'get_method', 'sums', 'weighted',
+           'cross_entropy', 'step_terms']
 
 # %% ../nbs/09_methods.ipynb #c003
 import importlib
@@ -19,6 +19,7 @@ from .alignment import align
 from .distil import batches, distil_rows, parts, read_as
 from .engine import LOSSES
 from .memory import shape, written_at_once
+from .models import LM
 from .processes import share
 from .rollouts import as_rollout
 from .sharding import whole
@@ -61,6 +62,17 @@ def write_or_take(
     if c.method in FROM_REFERENCES or random.Random(f'lambda {c.seed} {step}').random() >= lam: return taken(run, conversations, group)
     return written(run, conversations, step, group)
 
+# %% ../nbs/09_methods.ipynb #r001
+def rows_at_once(
+    student: LM,
+    config,              # settings
+    micro_batch: int,    # rollouts that are learnt from at a time
+    conversations: list, # to be answered
+) -> int:
+    "How many answers to write at a time, see `written_at_once`."
+    longest = max((sum(len(m['content'].encode()) for m in c.prompt) for c in conversations), default=0) + 256  # a token is a byte at least, and a template a few
+    return written_at_once(config, shape(student.model, config), micro_batch, longest)
+
 # %% ../nbs/09_methods.ipynb #c012
 def written(
     run,                 # see `run.Run`
@@ -70,8 +82,7 @@ def written(
 ) -> list:               # of `Rollout`, of this process's share
     "What the student answers."
     c, here = run.config, share(run.state, len(conversations), group)
-    longest = max((sum(len(m['content'].encode()) for m in x.prompt) for x in conversations), default=0) + 256  # a token is a byte at least, and a template a few
-    at_once = written_at_once(c, shape(run.student.model, c), run.micro_batch, longest)
+    at_once = rows_at_once(run.student, c, run.micro_batch, conversations)
     with whole(run.student.model), torch.autocast(run.student.device.type, run.compute, enabled=run.compute is not None):
         return run.write(run.student, conversations[here], c.max_new_tokens, c.seed, step, here.start, c.temperature, c.top_p, at_once, run.most)
 

@@ -90,7 +90,7 @@ def read(
     device, rows = head_of(model).weight.device, [[*p, *c] for p, c in zip(prompts, completions)]
     width = max(map(len, rows))
     ids = torch.tensor([r + [0] * (width - len(r)) for r in rows], device=device)
-    hidden = getattr(inner, inner.base_model_prefix)(input_ids=ids, use_cache=False).last_hidden_state
+    hidden = getattr(inner, inner.base_model_prefix)(input_ids=ids, use_cache=False).last_hidden_state.to(device)  # spread over devices, a model may end on another than its head
     keep = [(b, len(p) + i) for b, (p, c) in enumerate(zip(prompts, completions)) for i in range(len(c))]
     b, i = torch.tensor(keep, dtype=torch.long, device=device).reshape(-1, 2).unbind(1)
     return Side(hidden[b, i - 1], ids[b, i], head_of(model))
@@ -101,8 +101,8 @@ def head_agrees(
     model,      # transformers or peft causal LM
 ) -> bool:
     "Whether hidden states and head give the model's own logits, on four tokens."
-    side, ids = read(model, [[1]], [[2, 3, 4]]), torch.tensor([[1, 2, 3]], device=head_of(model).weight.device)
-    mine, own = side.logits(slice(None)).log_softmax(-1), model(ids).logits[0].float().log_softmax(-1)
+    side, ids = read(model, [[1]], [[2, 3, 4]]), torch.tensor([[1, 2, 3, 4]], device=head_of(model).weight.device)
+    mine, own = side.logits(slice(None)).log_softmax(-1), model(ids).logits[0, :-1].to(side.hidden.device).float().log_softmax(-1)
     return bool((mine - own).abs().max() < (.3 if side.hidden.element_size() < 4 else 1e-3))
 
 # %% ../nbs/05_models.ipynb #c034
@@ -185,6 +185,7 @@ class LM:
             where, revision = tokenizer_path(path, token, options.get('revision'))
             tok = with_arguments(AutoTokenizer.from_pretrained(where, token=token, revision=revision or 'main', trust_remote_code=options.get('trust_remote_code')), template)
             if file_of(path, 'adapter_config.json', token, options.get('revision')): from peft import AutoPeftModelForCausalLM as AutoModelForCausalLM
+            if 'quantization_config' in options: options = dict(device_map={'': device}) | options
             model = AutoModelForCausalLM.from_pretrained(path, dtype=pick_dtype(dtype, device), token=token, **options).eval()
             if not {'device_map', 'quantization_config'} & set(options): model = model.to(device)
         except BadInput: raise

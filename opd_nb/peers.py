@@ -27,7 +27,7 @@ def one_late(
     row = ends // stride
     kept = np.flatnonzero(np.append(row[1:] == row[:-1], False))
     cut = [ends[kept[row[kept] == r]] - r * stride for r in range(int(row.max(initial=-1)) + 1)]
-    return replace(side.take(kept), hidden=side.hidden.index_select(0, torch.as_tensor(kept + 1))), cut
+    return replace(side.take(kept), hidden=side.hidden.index_select(0, torch.as_tensor(kept + 1, device=side.hidden.device))), cut
 
 # %% ../nbs/12_peers.ipynb #c008
 def by_strings(
@@ -52,4 +52,4 @@ def gold_trl(
     a = align(own, theirs)
     weight = torch.zeros(len(s.ids))
     weight[torch.as_tensor(a.student_start)] = torch.as_tensor(1 / np.bincount(a.row)[a.row], dtype=torch.float32)
-    return gold(replace(s, weight=weight), t, a, by_strings(vocab), beta, 'observed', rest='none', floor=math.log(1e-8))
+    return gold(replace(s, weight=weight.to(s.hidden.device)), t, a, by_strings(vocab), beta, 'observed', rest='none', floor=math.log(1e-8))

@@ -65,16 +65,16 @@ def openers(
 def ranges(
     spellings: Spellings,  # of one side
     texts: list,           # sorted byte strings
-) -> list:                 # of (first event, past the last)
+) -> np.ndarray:           # [R, 2] first event, past the last
     "The tokens that begin with one of some texts. What begins with a text that begins with another is among the other's."
     shortest = [t for i, t in enumerate(texts) if not i or not t.startswith(texts[i - 1])]
-    return [(lo, hi) for lo, hi in map(spellings.between, shortest) if lo < hi]
+    return np.array([(lo, hi) for lo, hi in map(spellings.between, shortest) if lo < hi], np.int64).reshape(-1, 2)
 
 # %% ../nbs/03_questions.ipynb #c015
 def longer(
     px: Prefixes,    # of the pair
     written: bytes,  # a teacher token
-) -> list:           # ranges of student events
+) -> np.ndarray:     # [R, 2] ranges of student events
     "The student tokens that cannot follow a teacher token: together with them it would have been another."
     rests = [px.teacher.keys[w][len(written):] for w in range(*begun(px, written)[:2])]
     return ranges(px.student, rests)
@@ -84,7 +84,7 @@ def grown(
     px: Prefixes,    # of the pair
     written: bytes,  # of a teacher token
     before: bytes,   # the student's token that ends there, b'' if there is none
-) -> list:           # ranges of teacher events
+) -> np.ndarray:     # [R, 2] ranges of teacher events
     "The teacher tokens that begin with what is written and would have made the student's token a longer one."
     rests = [k[len(before):] for k in px.student.keys[slice(*px.student.between(before))] if len(k) > len(before)] if before else []
     return ranges(px.teacher, [written + r for r in rests])
@@ -111,19 +111,25 @@ class Asked:
         self.px, (self.student, content) = once(vocab, prefixes), vocab.tokens
         self.event = [-1 if i in vocab.stops[1] or not b else self.px.teacher.index(b) for i, b in enumerate(content.table)]  # of each teacher id
         self.begun, self.onward, self.cell, self.openers, self.longer, self.grown = (lru_cache(1 << 16)(partial(f, self.px)) for f in (begun, onward, cell, openers, longer, grown))
-        self.joints = {k[i:i + 2] for k in self.px.student.keys for i in range(len(k) - 1)}
+        self.first, self.joint = np.array([k[0] for k in self.px.student.keys], np.int64), np.zeros((257, 256), bool)  # first byte of each student event; two bytes that meet inside one
+        for k in self.px.student.keys: self.joint[list(k[:-1]), list(k[1:])] = True
         self.answers = {}
 
     def cut(self,
-        pairs: list,   # of (bytes of a student token, b'' if there is none; the student event that comes next, or -1)
-    ) -> list:         # of bool, see `cut_between`
+        before: list,  # the student's token before, b'' if there is none
+        unit,          # [N] numbers in `before`
+        event,         # [N] student events that come next, or -1
+    ) -> np.ndarray:   # [N] bool, see `cut_between`
         "Whether the student's tokenizer would begin a token there. It is asked only where a token of its goes across the two bytes that meet."
-        keys = self.px.student.keys
-        doubt = lambda x: x[0] and x[1] >= 0 and x[0][-1:] + keys[x[1]][:1] in self.joints
+        unit, event = np.asarray(unit, np.int64), np.asarray(event, np.int64)
+        last, out = np.array([b[-1] if b else 256 for b in before], np.int64), np.ones(len(event), bool)
+        doubt = np.flatnonzero((event >= 0) & self.joint[last[unit], self.first[event]])
+        pairs = [(before[u], e) for u, e in zip(unit[doubt].tolist(), event[doubt].tolist())]
         if len(self.answers) > 1 << 20: self.answers.clear()
-        new = [x for x in dict.fromkeys(pairs) if x not in self.answers and doubt(x)]
-        self.answers.update(zip(new, cut_between(self.student, self.px.student, [(a, keys[e]) for a, e in new])))
-        return [self.answers.get(x, True) for x in pairs]
+        new = [x for x in dict.fromkeys(pairs) if x not in self.answers]
+        self.answers.update(zip(new, cut_between(self.student, self.px.student, [(a, self.px.student.keys[e]) for a, e in new])))
+        out[doubt] = [self.answers[x] for x in pairs]
+        return out
 
 # %% ../nbs/03_questions.ipynb #w002
 def led(

@@ -69,6 +69,7 @@ def escd(
     if root not in ('exact', 'prefix'): raise unknown('root', root, ['exact', 'prefix'])
     if vocab.identical: return gkd(student, teacher, alignment, vocab, beta, limit=limit)  # no token needs spelling
     device, logged = student.hidden.device, [0., 0.]
+    exact = torch.float32 if device.type == 'mps' else torch.float64  # Metal has no float64
     px, gr, here = once(vocab, prefixes), once(vocab, groups), vocab.to(device)
     s_events, t_events, (s_stops, t_stops) = px.student.events.to(device), px.teacher.events.to(device), map(list, vocab.stops)
     of, first = torch.as_tensor(gr.of, device=device), columns(px.phi[px.start[:-1]], len(px.student), device)
@@ -96,7 +97,7 @@ def escd(
         found = [(np.full(len(found[u][0]), n), np.full(len(found[u][0]), u), *found[u]) for n, u in enumerate(next_.tolist())]
         if found and sum(len(f[0]) for f in found):
             n, u, g, lo, hi = (torch.as_tensor(np.concatenate(c), device=device) for c in zip(*found))
-            so_far = torch.nn.functional.pad(s_events.gather(p[r[next_] + 1]).double().exp().cumsum(-1), (1, 0))
+            so_far = torch.nn.functional.pad(s_events.gather(p[r[next_] + 1]).to(exact).exp().cumsum(-1), (1, 0))
             terms = -mass[u, g] * (so_far[n, hi] - so_far[n, lo]).clamp(min=1e-15).log().to(mass.dtype)
             logged[0] += mass[u, g].sum().item(); logged[1] += terms.detach().sum().item()
             out = out + child * torch.zeros_like(out).index_add(0, u, terms.to(out.dtype))

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from conftest import real
-from opd_nb import countdown
+from opd_nb import countdown, peers  # the latter for gold_trl
 from opd_nb.config import OPDConfig
 from opd_nb.data import save_conversations
 from opd_nb.distil import distil_rows, loss_for
