@@ -17,6 +17,8 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from .models import LM
 from .types import BadInput
 
@@ -51,7 +53,7 @@ class Options:
         lm: LM,        # who is asked
         writes: bool,  # it writes an answer; otherwise given choices are compared
     ):                 # a number, or 'auto' for lm-eval's search
-        "Requests at a time. On a CPU 16, where more are no faster; on a GPU as many as fit, or 64 to be written, for which lm-eval would make room as if each answer filled the context."
+        "Requests at a time. On a CPU 16, where more are no faster; on a GPU what fits of 64, which lm-eval finds out, but for answers to be written, where it would make room as if each filled the context."
         return self.batch if self.batch != 'auto' else 16 if lm.device.type == 'cpu' else 64 if writes else 'auto'
 
 # %% ../nbs/10_harness.ipynb #c009
@@ -172,16 +174,23 @@ def ask_lm_eval(
     "Put questions of an lm-eval task to a model."
     writes = task.OUTPUT_TYPE == 'generate_until'
     longest = options.max_new_tokens or (task.config.generation_kwargs or {}).get('max_gen_toks', 256)
-    with quiet():
-        model = wrapped(lm, options.requests(lm, writes), lambda share: tick(share * len(rows)))
+    at_once = options.requests(lm, writes)
+    def found():
+        model = wrapped(lm, at_once, lambda share: tick(share * len(rows)))
         if writes and longest >= model.max_length: raise BadInput('max_new_tokens', longest, f'leaves no room in a context of {model.max_length} tokens', 'Use a smaller --answer-tokens.')
         with without(need_lm_eval().evaluator, 'add_env_info', 'get_git_commit_hash'):  # pip, git and lscpu, two seconds a call
-            found = need_lm_eval().simple_evaluate(model, tasks=[task], samples={task.config.task: rows}, num_fewshot=options.fewshot, bootstrap_iters=0, apply_chat_template=options.templated(lm, writes),
-                                                   gen_kwargs=dict(max_gen_toks=longest) if writes and options.max_new_tokens else None, task_manager=need_lm_eval().tasks.TaskManager(include_defaults=False))
+            return model, need_lm_eval().simple_evaluate(model, tasks=[task], samples={task.config.task: rows}, num_fewshot=options.fewshot, bootstrap_iters=0, apply_chat_template=options.templated(lm, writes),
+                                                         gen_kwargs=dict(max_gen_toks=longest) if writes and options.max_new_tokens else None, task_manager=need_lm_eval().tasks.TaskManager(include_defaults=False))
+    with quiet():
+        while True:
+            try: model, answered = found(); break
+            except torch.OutOfMemoryError:
+                if options.batch != 'auto' or at_once in ('auto', 1): raise
+            torch.cuda.empty_cache(); at_once //= 2
         size = lambda text: len(lm.codec.tok(text, add_special_tokens=False)['input_ids'])
         too_long = lambda prompt, more: size(prompt) + (longest if more is None else size(more)) > model.max_length
         by = {i: [] for i in rows}
-        for s in found['samples'][task.config.task]: by[s['doc_id']].append(s)
+        for s in answered['samples'][task.config.task]: by[s['doc_id']].append(s)
         return [record_of(by[i], means(task), too_long) for i in rows]
 
 # %% ../nbs/10_harness.ipynb #c022

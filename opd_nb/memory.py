@@ -7,7 +7,7 @@ __all__ = ['Shape', 'shape', 'shape_of', 'Need', 'standing', 'sizes', 'kept_by_l
            'Live', 'available', 'human']
 
 # %% ../nbs/09_memory.ipynb #c003
-import gc, weakref
+import gc, os, weakref
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -92,7 +92,7 @@ def standing(
     squeezed = {'4bit': .56, '8bit': 1.06}.get(config.teacher_quantize, sizes[1])  # with what bitsandbytes keeps beside
     return {"student's weights": student.weights * sizes[0] + student.adapted * 4, 'gradients': trained * each, 'optimizer': trained * each * (1 if config.optimizer == 'muon' else 2)} | ({"teacher's weights": teacher.weights * squeezed} if teacher else {})
 
-# %% ../nbs/09_memory.ipynb #c012
+# %% ../nbs/09_memory.ipynb #z001
 def sizes(
     config: OPDConfig,
     device: torch.device,
@@ -100,23 +100,24 @@ def sizes(
     "Number formats of a student. One that is trained whole on a GPU has float32 weights and multiplies in bfloat16."
     whole = config.dtype == 'auto' and not config.lora
     size = pick_dtype('float32' if whole else config.dtype, device).itemsize
-    return size, 2 if whole and device.type == 'cuda' else size
+    return size, 2 if whole and device.type == 'cuda' or os.environ.get('ACCELERATE_MIXED_PRECISION') == 'bf16' else size
 
+# %% ../nbs/09_memory.ipynb #c012
 def kept_by_layers(
     config: OPDConfig,
     s: Shape,        # the student's
     rows: int,       # completions
     length: int,     # tokens of each, with its prompt
+    device: torch.device, # the student's
 ) -> float:          # bytes
     "What a forward pass leaves for the backward pass."
-    device = pick_device(config.device)
     size, product = sizes(config, device)
     layer = 8 * s.hidden + 4 * size * s.hidden + product * (4 * s.queries + 4 * s.inner) + (product * length * s.queries // 32 if config.attention == 'eager' else 0)
-    if config.lora: layer -= product * (2 * s.hidden + s.inner)  # a product with frozen weights does not keep its input
+    if config.lora and s.adapters <= s.layers * (3 * s.hidden + s.queries): layer -= product * (2 * s.hidden + s.inner)  # a product with frozen weights does not keep its input, but an adapter beside it would
     dropped = 4 + (1 if device.type == 'cuda' else 4) if config.lora_dropout else 4 if size < 4 else 0  # what goes into an adapter, in float32, and what dropout left out
-    adapters, copy = s.adapters * dropped, product * s.weights if product < size else 0
-    if config.gradient_checkpointing: return copy + rows * length * (s.layers * s.hidden * size + layer + adapters / s.layers)
-    return copy + rows * length * (s.layers * layer + adapters)
+    adapters = s.adapters * dropped
+    if config.gradient_checkpointing: return rows * length * (s.layers * s.hidden * size + layer + adapters / s.layers)
+    return rows * length * (s.layers * layer + adapters)
 
 # %% ../nbs/09_memory.ipynb #w001
 def writing(
@@ -135,10 +136,12 @@ def written_at_once(
     s: Shape,        # the student's
     rows: int,       # completions in a micro-batch
     prompt: int,     # tokens; no prompt has more
+    device: torch.device, # the student's
 ) -> int:            # completions, at least those of a micro-batch
-    "How many completions can be written in the memory that learning from a micro-batch takes."
-    size, new, ends = sizes(config, pick_device(config.device))[0], config.max_new_tokens, (0, prompt)
-    fits = (kept_by_layers(config, s, rows, p + new) / sum(writing(s, size, 1, p, new).values()) for p in ends)
+    "How many completions to write at a time: on a GPU as many as fit in the memory that learning from a micro-batch takes."
+    if device.type == 'cpu' or config.attention == 'eager': return rows  # a CPU takes longer for more; the scores of eager attention grow with the square of a prompt
+    size, new, ends = sizes(config, device)[0], config.max_new_tokens, (0, prompt)
+    fits = (kept_by_layers(config, s, rows, p + new, device) / sum(writing(s, size, 1, p, new).values()) for p in ends)
     return max(rows, int(min(fits)))
 
 # %% ../nbs/09_memory.ipynb #c013
@@ -161,9 +164,10 @@ def estimate(
     head = 0 if config.lora else 2 * 4 * student.vocab * student.hidden
     signals = tokens * (student.hidden * size + (teacher.hidden * theirs if teacher else 0))
     asking = {"teacher's layer": rows * length * theirs * (2 * teacher.hidden + 4 * teacher.inner) + min(tokens, 512) * teacher.vocab * 8, 'signals': signals} if teacher else {}
-    learning = {'kept for the backward pass': kept_by_layers(config, student, rows, length), 'logits': logits, "head's gradient": head, 'signals': signals}
-    at_once = min(config.batch * config.num_generations, written_at_once(config, student, rows, prompt))
-    return Need(standing(config, student, teacher, (size, theirs)), dict(writing=writing(student, size, at_once, prompt, new), asking=asking, learning=learning))
+    learning = {'kept for the backward pass': kept_by_layers(config, student, rows, length, device), 'logits': logits, "head's gradient": head, 'signals': signals}
+    at_once = min(config.batch * config.num_generations, written_at_once(config, student, rows, prompt, device))
+    copy = {'weights in bfloat16': product * student.weights} if product < size else {}
+    return Need(standing(config, student, teacher, (size, theirs)), dict(writing=writing(student, size, at_once, prompt, new) | copy, asking=asking, learning=learning | copy))
 
 # %% ../nbs/09_memory.ipynb #c016
 class Live(TorchDispatchMode):

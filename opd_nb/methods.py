@@ -22,7 +22,7 @@ from .memory import shape, written_at_once
 from .models import LM
 from .processes import share
 from .rollouts import as_rollout
-from .sharding import whole
+from .sharding import is_sharded, whole
 from .types import BadInput, unknown
 
 # %% ../nbs/09_methods.ipynb #c006
@@ -66,12 +66,15 @@ def write_or_take(
 def rows_at_once(
     student: LM,
     config,              # settings
-    micro_batch: int,    # rollouts that are learnt from at a time
+    micro_batch: int,    # rollouts that are learnt from at a time; halved when memory was short
     conversations: list, # to be answered
 ) -> int:
     "How many answers to write at a time, see `written_at_once`."
     longest = max((sum(len(m['content'].encode()) for m in c.prompt) for c in conversations), default=0) + 256  # a token is a byte at least, and a template a few
-    return written_at_once(config, shape(student.model, config), micro_batch, longest)
+    if is_sharded(student.model): return micro_batch  # a layer is whole while it writes, and in parts while it learns
+    try: found = written_at_once(config, shape(student.model, config), min(config.micro_batch, config.batch * config.num_generations), longest, student.device)
+    except (AttributeError, TypeError, RuntimeError): return micro_batch  # a family whose layers differ, or have no heads
+    return max(micro_batch, min(found, len(conversations)) * micro_batch // config.micro_batch)
 
 # %% ../nbs/09_methods.ipynb #c012
 def written(
