@@ -94,7 +94,7 @@ def config(prompts, folder, **kw):
 
 
 RUNS = {'whole': {}, 'lora': dict(lora=True), 'float32': dict(dtype='float32'), 'bfloat16': dict(dtype='bfloat16'), 'checkpointing': dict(gradient_checkpointing=True, lora=True), 'muon': dict(optimizer='muon'),
-        'kd': dict(method='kd'), 'sft': dict(method='sft'), 'grpo': dict(method='grpo', num_generations=4, batch=2), 'λ and both losses': dict(lam=.5, lambda_sft=.5, score_weight='trajectory', num_generations=2)}
+        'kd': dict(method='kd'), 'sft': dict(method='sft'), 'grpo': dict(method='grpo', student='tiny:teacher', num_generations=4, batch=4, temperature=2., max_new_tokens=40), 'λ and both losses': dict(lam=.5, lambda_sft=.5, score_weight='trajectory', num_generations=2)}
 
 
 @pytest.mark.parametrize('kw', RUNS.values(), ids=RUNS)
@@ -102,7 +102,7 @@ def test_runs_learn_and_load_on_a_cpu(prompts, tmp_path, kw):
     done = train(config(prompts, tmp_path / 'run', **kw), progress=False)
     steps = [e for e in done.events if e['event'] == 'step']
     assert len(steps) == 6 and not any(e['skipped'] for e in steps) and all(e['loss'] == e['loss'] for e in steps)
-    learnt, began = (LM.load(x, 'student', 'float32', 'cpu') for x in (str(done.student), 'tiny:student'))
+    learnt, began = (LM.load(x, 'student', 'float32', 'cpu') for x in (str(done.student), kw.get('student', 'tiny:student')))
     row = rollout(began, countdown.draw(1), 8)[0]
     first, then = (read(x.model, [row.prompt_ids], [row.ids]).logits(slice(None)) for x in (began, learnt))
     assert then.isfinite().all() and not torch.allclose(first, then)
