@@ -186,6 +186,9 @@ def ask_lm_eval(
             try: model, answered = found(); break
             except torch.OutOfMemoryError:
                 if options.batch != 'auto' or at_once in ('auto', 1): raise
+            except AssertionError as e:
+                if str(e): raise
+                raise BadInput('models', Path(lm.path).name, f'cannot be asked this: a choice is longer than its context of {lm.context} tokens, or is no token to it', 'Leave the task out for this model.') from None
             torch.cuda.empty_cache(); at_once //= 2
         size = lambda text: len(lm.codec.tok(text, add_special_tokens=False)['input_ids'])
         too_long = lambda prompt, more: size(prompt) + (longest if more is None else size(more)) > model.max_length

@@ -169,6 +169,12 @@ def test_a_failed_task_loses_no_other(here, tmp_path):
     assert 'Failed' in page and 'arc_easy_local=FILE' in page and '1 failed: arc_easy.' in page
 
 
+def test_a_choice_that_is_longer_than_the_context(tmp_path):
+    "lm-eval asserts and says nothing."
+    found = evaluate([f"short={real('models', 'babyllama105')}"], ['hellaswag_local'], Options(limit=50, data=real('benchmarks')), tmp_path, progress=False, device='cpu')
+    assert 'context of 256 tokens' in found.failures[0]['why'] and not found.records
+
+
 @pytest.mark.parametrize('words, says', [(['--tasks', 'arc_esy_local'], "'arc_easy_local'"), (['--tasks', 'hellaswag_local', '--data', 'nowhere'], '--data DIR'), (['--models', 'a=tiny:teecher', '--tasks', 'countdown'], "'teacher'")])
 def test_mistakes_are_told_before_anything_is_loaded(here, words, says, tmp_path):
     status, _, said = here('eval', '--models', 'base=tiny:student', '--out', tmp_path, *words)
