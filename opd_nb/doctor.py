@@ -36,12 +36,13 @@ from .vocab import VocabMap, similarity
 def look(
     topic: str,   # for the line, if it fails
     work,         # function of nothing
+    short: str = 'stop', # level of the line, if memory is short
 ) -> tuple:       # what it returned, or None; and a list with the `Line` of what went wrong
     "Do something that may fail."
     try:
         with contextlib.redirect_stdout(io.StringIO()): return work(), []
     except BadInput as e: return None, [Line('stop', topic, ' '.join(f'{e.field} = {str(e.value)[:120]!r}: {e.allowed}'.split()), ' '.join(e.remedy.split()))]
-    except torch.OutOfMemoryError as e: return None, [Line('stop', topic, f'needs more memory than the device has left ({str(e).strip().splitlines()[0][:160]})', 'Lower --micro-batch or --max-new-tokens, or take --lora or --gradient-checkpointing; a run halves the micro-batch by itself.')]
+    except torch.OutOfMemoryError as e: return None, [Line(short, topic, f'needs more memory than the device has left ({str(e).strip().splitlines()[0][:160]})', 'Lower --micro-batch or --max-new-tokens, or take --lora or --gradient-checkpointing; a run halves the micro-batch by itself.')]
     except (ValueError, TeacherGone) as e: return None, [Line('stop', topic, ' '.join(str(e).split()))]  # such as a text that a vocabulary cannot spell
 
 # %% ../nbs/10_doctor.ipynb #c009
@@ -235,8 +236,8 @@ def examine(
     lines, wrong = look('pair', lambda: pair_lines(student.codec, teacher, config))
     yield from lines or wrong
     if wrong or any(line.level == 'stop' for line in lines) or not rows or answer is None: return
-    lines, wrong = look('probe', lambda: probe_lines(load_pair(config, teacher, student), rows, answer))
-    yield from lines or [replace(x, level='warning') if 'memory' in x.text else x for x in wrong]
+    lines, wrong = look('probe', lambda: probe_lines(load_pair(config, teacher, student), rows, answer), short='warning')
+    yield from lines or wrong
 
 # %% ../nbs/10_doctor.ipynb #c036
 def longest(

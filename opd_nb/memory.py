@@ -41,10 +41,13 @@ def shape(
 ) -> Shape:
     "The shape of a model that is there, be it only as a skeleton."
     t, targets = model.config.get_text_config(), {x.strip() for x in config.lora_target.split(',')} if config and config.lora else ()
-    width = getattr(t, 'head_dim', None) or t.hidden_size // t.num_attention_heads
     adapted = [m for n, m in model.named_modules() if hasattr(m, 'in_features') and n.rpartition('.')[2] in targets]
-    return Shape(sum(p.numel() for n, p in model.named_parameters() if 'lora_' not in n), t.vocab_size, t.hidden_size, getattr(t, 'intermediate_size', None) or 4 * t.hidden_size, t.num_hidden_layers, width * t.num_attention_heads, width * (getattr(t, 'num_key_value_heads', None) or t.num_attention_heads),
-                 sum(config.lora_r * (m.in_features + m.out_features) for m in adapted), sum(m.in_features for m in adapted))
+    try:
+        width = getattr(t, 'head_dim', None) or t.hidden_size // t.num_attention_heads
+        inner, keys = getattr(t, 'intermediate_size', None) or 4 * t.hidden_size, getattr(t, 'num_key_value_heads', None) or t.num_attention_heads
+        return Shape(sum(p.numel() for n, p in model.named_parameters() if 'lora_' not in n), t.vocab_size, t.hidden_size, int(inner), t.num_hidden_layers, width * t.num_attention_heads, width * keys,
+                     sum(config.lora_r * (m.in_features + m.out_features) for m in adapted), sum(m.in_features for m in adapted))
+    except (AttributeError, TypeError, RuntimeError): raise BadInput('model', model.config.model_type, 'has layers whose memory is not known here: they differ, or have no heads', 'Train it all the same; begin with a small --micro-batch.') from None
 
 # %% ../nbs/09_memory.ipynb #c007
 def shape_of(

@@ -73,7 +73,7 @@ def rows_at_once(
     longest = max((sum(len(m['content'].encode()) for m in c.prompt) for c in conversations), default=0) + 256  # a token is a byte at least, and a template a few
     if is_sharded(student.model): return micro_batch  # a layer is whole while it writes, and in parts while it learns
     try: found = written_at_once(config, shape(student.model, config), min(config.micro_batch, config.batch * config.num_generations), longest, student.device)
-    except (AttributeError, TypeError, RuntimeError): return micro_batch  # a family whose layers differ, or have no heads
+    except BadInput: return micro_batch  # a family of which nothing can be said
     return max(micro_batch, min(found, len(conversations)) * micro_batch // config.micro_batch)
 
 # %% ../nbs/09_methods.ipynb #c012

@@ -13,7 +13,7 @@ from opd_nb.engine import LOSSES
 from opd_nb.models import LM, read, tiny_folder
 from opd_nb.rollouts import rollout
 from opd_nb.teachers import HFTeacher
-from opd_nb.training import read_log, train
+from opd_nb.training import train
 from opd_nb.vocab import VocabMap
 
 GPU = os.environ.get('OPD_GPU', 'cuda')  # OPD_GPU=cpu tries the tests themselves
@@ -47,12 +47,12 @@ def gguf(tmp_path_factory):
 
 
 def compared(student, teacher, name, rows, **how):
-    "Loss, gradient of each weight on the CPU, figures."
+    "The loss, and the gradient of each weight, brought to the CPU."
     vocab = VocabMap.build(student.codec, teacher.codec)
     student.model.zero_grad()
-    out, figures = distil_rows(student, teacher, vocab, loss_for(name, vocab, teacher), rows, **how)
+    out, _ = distil_rows(student, teacher, vocab, loss_for(name, vocab, teacher), rows, **how)
     out.total.backward()
-    return out.total.item(), {k: p.grad.double().cpu() for k, p in student.model.named_parameters() if p.grad is not None}, figures
+    return out.total.item(), {k: p.grad.double().cpu() for k, p in student.model.named_parameters() if p.grad is not None}
 
 
 def alike(a, b, bound):
