@@ -65,25 +65,42 @@ def html(target: Path) -> int:
     return 0
 
 
+def check() -> int:
+    "Error cells, and links between notebooks that lead nowhere, without rendering anything."
+    wrong = []
+    notebooks = [p for p in sorted((ROOT / 'nbs').rglob('*.ipynb')) if '.ipynb_checkpoints' not in p.parts]
+    for path in notebooks:
+        for c in nbformat.read(path, 4).cells:
+            if c.cell_type == 'code': wrong += [f'{path.relative_to(ROOT)}: error cell: {o.ename}: {o.evalue}' for o in c.outputs if o.output_type == 'error']
+            if c.cell_type != 'markdown': continue
+            text = re.sub(CODE, '', c.source, flags=re.S)
+            links = [link.partition('#')[0] for link in re.findall(r'\]\(([^)\s]+)\)', text) if not re.match(r'[a-z]+:|#', link)]
+            wrong += [f'{path.relative_to(ROOT)}: a link leads nowhere: {link}' for link in links if not (path.parent / link).exists()]
+    if wrong: print(*wrong, sep='\n'); return 1
+    print(f'{len(notebooks)} notebooks: no error cell, all links lead somewhere')
+    return 0
+
+
 def readme() -> str:
     nb = as_read(nbformat.read(ROOT / 'nbs' / 'index.ipynb', 4))
     text, _ = MarkdownExporter(exclude_input=True).from_notebook_node(nb)  # what a cell shows is of interest here, the cell is not
     text = re.sub(r'\]\((images/)', r'](nbs/\1', text)
-    text = re.sub(r'\]\(((?:runs/)?\w+\.ipynb)', r'](nbs/\1', text)
+    text = re.sub(r'\]\(((?:\w+/)*\w+\.ipynb)', r'](nbs/\1', text)
     head = '<!-- Made from nbs/index.ipynb by `make readme`; edit that notebook. -->\n\n'
     return head + re.sub(r'\n{3,}', '\n\n', text).strip() + '\n'
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('what', choices=['html', 'readme'])
-    parser.add_argument('target', type=Path)
+    parser.add_argument('what', choices=['html', 'readme', 'check'])
+    parser.add_argument('target', type=Path, nargs='?')
     parser.add_argument('--check', action='store_true', help='compare instead of writing')
     a = parser.parse_args()
     if a.what == 'html': return html(a.target)
+    if a.what == 'check': return check()
     new = readme()
     if not a.check: a.target.write_text(new, encoding='utf-8'); return 0
-    from opd_nb.config import env_example
+    from opd_nb.core.config import env_example
     for path, want in ((a.target, new), (ROOT / '.env.example', env_example())):
         have = path.read_text(encoding='utf-8')
         if have != want:

@@ -26,7 +26,7 @@ def llama_server(gguf, port=0):
 @contextlib.contextmanager
 def served(spec):
     "A model behind llama.cpp's server, in float32."
-    from opd_nb.gguf_export import export_gguf
+    from opd_nb.tools.export_gguf import export_gguf
     with tempfile.TemporaryDirectory() as d:
         with llama_server(export_gguf(spec, Path(d) / 'model.gguf', 'f32')) as (url, process): yield url, process
 
@@ -81,7 +81,7 @@ def http_server(handler):
 def contract_server(spec, can=('prompt_logprobs', 'sglang', 'echo', 'ids', 'chat', 'prefill'), shift=0, most=20, listing=None):
     "A model that speaks the contracts of servers that are not here, with its own true numbers; `shift` makes them wrong by so many rows."
     import torch
-    from opd_nb.models import LM
+    from opd_nb.models.lm import LM
     lm, lock, seen = LM.load(spec, dtype='float32', device='cpu'), threading.Lock(), []
     tok = lm.codec.tok
 
@@ -187,8 +187,8 @@ def writing_server(spec):
     "vLLM's contract for rollouts, kept by a model of ours: it continues token ids, says how likely each was, and takes adapters and weights from folders. `deaf` says yes to them and keeps what it has."
     import copy
     from types import SimpleNamespace
-    from opd_nb.models import LM, read, write
-    from opd_nb.rollouts import KeyedSampler, uniforms
+    from opd_nb.models.lm import LM, read, write
+    from opd_nb.training.rollouts import KeyedSampler, uniforms
     lm = LM.load(spec, dtype='float32', device='cpu')
     state, lock = SimpleNamespace(models={'base': lm.model}, version='default', deaf=False, seen=[]), threading.Lock()
 

@@ -5,16 +5,17 @@ import pytest
 import torch
 
 from conftest import real
-from opd_nb import countdown, peers  # the latter for gold_trl
-from opd_nb.config import OPDConfig
-from opd_nb.data import save_conversations
-from opd_nb.distil import distil_rows, loss_for
-from opd_nb.engine import LOSSES
-from opd_nb.models import LM, read, tiny_folder
-from opd_nb.rollouts import rollout
-from opd_nb.teachers import HFTeacher
-from opd_nb.training import train
-from opd_nb.vocab import VocabMap
+from opd_nb.core.config import OPDConfig
+from opd_nb.alignment.vocab import VocabMap
+from opd_nb.models.lm import LM, read, tiny_folder
+from opd_nb.losses.registry import LOSSES
+from opd_nb.losses import trl_gold as peers  # the latter for gold_trl
+from opd_nb.teachers.hf import HFTeacher
+from opd_nb.data.formats import save_conversations
+from opd_nb.training.rollouts import rollout
+from opd_nb.training.batch import distil_rows, loss_for
+from opd_nb.training.loop import train
+from opd_nb.lab import countdown
 
 GPU = os.environ.get('OPD_GPU', 'cuda')  # OPD_GPU=cpu tries the tests themselves
 pytestmark = pytest.mark.skipif(GPU == 'cuda' and not torch.cuda.is_available(), reason='needs a GPU')
@@ -42,7 +43,7 @@ def prompts(tmp_path_factory):
 def gguf(tmp_path_factory):
     "The embedded teacher as a file."
     pytest.importorskip('llama_cpp', reason='a GGUF teacher needs llama-cpp-python: pip install opd_nb[gguf]')
-    from opd_nb.gguf_export import export_gguf
+    from opd_nb.tools.export_gguf import export_gguf
     return export_gguf('tiny:teacher', tmp_path_factory.mktemp('file') / 'teacher.gguf', 'f32')
 
 
@@ -74,7 +75,7 @@ def test_loss_and_gradient_as_on_a_cpu(pair, name):
 @pytest.mark.parametrize('name, top_k', [('cover', 0), ('bpm', 0), ('bpm', 8), ('strict', 8), ('escd', 8), ('alm', 8), ('pg', 8)])
 def test_a_teacher_beside_the_gpu(gguf, name, top_k):
     "llama.cpp reads on the CPU, the student learns on the GPU."
-    from opd_nb.gguf_teacher import GGUFTeacher
+    from opd_nb.teachers.gguf import GGUFTeacher
     teacher = GGUFTeacher(gguf, top_k, n_gpu_layers=0)
     cpu, gpu = (loaded('tiny:student', d) for d in ('cpu', GPU))
     rows = rollout(cpu, countdown.draw(4), 16, seed=1)
@@ -130,7 +131,7 @@ def random_qwen(folder, **shape):
 def test_the_estimate_of_memory(prompts, tmp_path, kw):
     "What `opd doctor` says before, and what CUDA's allocator saw."
     if GPU != 'cuda': pytest.skip('only CUDA tells')
-    from opd_nb.memory import estimate, shape_of
+    from opd_nb.models.memory import estimate, shape_of
     student = random_qwen(tmp_path / 's', hidden_size=512, num_hidden_layers=12, num_attention_heads=8, num_key_value_heads=2, intermediate_size=2048)
     teacher = random_qwen(tmp_path / 't', hidden_size=1024, num_hidden_layers=12, num_attention_heads=8, num_key_value_heads=2, intermediate_size=4096)
     c = config(prompts, tmp_path / 'run', student=student, teacher=teacher, batch=32, micro_batch=32, max_new_tokens=256, max_steps=2, val_fraction=0., **kw)
@@ -156,7 +157,7 @@ def test_too_little_memory_halves_the_micro_batch(prompts, tmp_path, caplog):
 
 
 def test_the_doctor_sees_the_gpu(capsys, prompts):
-    from opd_nb.cli import main
+    from opd_nb.cli.app import main
     status = main(['doctor', '--student', 'tiny:', '--teacher', 'tiny:', '--data', prompts, '--device', GPU])
     said = capsys.readouterr()
     text = said.out + said.err
@@ -166,8 +167,8 @@ def test_the_doctor_sees_the_gpu(capsys, prompts):
 def test_answers_as_on_a_cpu(tmp_path):
     "The same questions, by batches as large as the GPU takes."
     pytest.importorskip('lm_eval', reason='pip install "opd_nb[eval]"')
-    from opd_nb.evaluation import evaluate
-    from opd_nb.harness import Options
+    from opd_nb.eval.evaluate import evaluate
+    from opd_nb.eval.lm_eval import Options
     shares = {}
     for device, dtype in (('cpu', 'float32'), (GPU, 'float32'), (GPU, 'bfloat16')):
         got = evaluate(['m=tiny:teacher'], ['countdown', 'arc_easy_local'], Options(limit=50, data=real('benchmarks')), tmp_path / f'{device}-{dtype}', progress=False, device=device, dtype=dtype)

@@ -1,0 +1,141 @@
+"The run notebooks, run as people run them: by papermill, in a process of their own."
+import json, shutil, subprocess, sys
+from pathlib import Path
+
+import pytest
+
+from conftest import real
+
+ROOT = Path(__file__).resolve().parents[2]
+RUNS = sorted((ROOT / 'nbs' / 'runs').glob('*.ipynb'))
+SHORT = ['-p', 'max_steps', '20', '-p', 'n_eval', '60', '-p', 'n_train', '300', '-p', 'control', 'False', '-p', 'seed', '3']
+
+
+def papermill(folder, *words, notebook='quickstart', wrap=()):
+    nb = ROOT / 'nbs' / 'runs' / f'{notebook}.ipynb'
+    return subprocess.run([*wrap, sys.executable, '-m', 'papermill', str(nb), str(folder / 'out.ipynb'), '-p', 'output_dir', str(folder), *words], cwd=folder, capture_output=True, text=True, timeout=900)
+
+
+def cut_off():
+    "Words that run a command with no network but loopback, or nothing where that cannot be done."
+    words = ['unshare', '-rn', 'sh', '-c', 'ip link set lo up && exec "$@"', 'sh']
+    can = shutil.which('unshare') and shutil.which('ip') and subprocess.run([*words, 'true'], capture_output=True).returncode == 0
+    return words if can else []
+
+
+@pytest.fixture(scope='module')
+def first(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('first')
+    done = papermill(folder, *SHORT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return folder
+
+
+@pytest.mark.parametrize('nb', RUNS, ids=lambda p: p.stem)
+def test_parameters_cell(nb):
+    import papermill
+    found = papermill.inspect_notebook(str(nb))
+    assert found and all(p['help'] and p['default'] for p in found.values()), f'{nb.name}: each parameter needs a default and a comment'
+    assert 'output_dir' in found and 'seed' in found
+
+
+def test_quickstart_leaves_what_it_promises(first):
+    m = json.loads((first / 'metrics.json').read_text())
+    assert {'student_before', 'student_after', 'teacher', 'n_eval', 'steps', 'seconds_train'} <= set(m)
+    assert (m['n_eval'], m['steps']) == (60, 20) and m['teacher'] > m['student_before']
+    assert 'data:image/png' in (first / 'report.html').read_text() and (first / 'run' / 'final' / 'model.safetensors').exists()
+    from transformers import AutoModelForCausalLM
+    assert AutoModelForCausalLM.from_pretrained(first / 'run' / 'final').num_parameters() > 1e5
+
+
+def test_same_seed_same_figures_without_network(first, tmp_path):
+    "The second run has no network; the first may have had one."
+    wrap = cut_off()
+    done = papermill(tmp_path, *SHORT, wrap=wrap)
+    assert done.returncode == 0, done.stderr[-2000:]
+    a, b = (json.loads((f / 'metrics.json').read_text()) for f in (first, tmp_path))
+    for m in (a, b):
+        m.pop('seconds_train')
+        for k in [k for k in m['health'] if k.startswith('seconds')]: m['health'].pop(k)
+    assert a == b
+    if not wrap: pytest.skip('same figures, but this machine cannot take the network away (unshare, ip)')
+
+
+@pytest.mark.parametrize('words, says', [(['-p', 'max_stepz', '5'], "'max_steps'"), (['-p', 'loss', 'gkd'], 'different ones'), (['-p', 'loss', 'golden'], "'gold'"),
+                                         (['-p', 'max_steps', '0'], 'max_steps'), (['-p', 'teacher', 'tinny:'], 'tiny:'), (['-p', 'student', './nowhere'], 'nothing is there')])
+def test_quickstart_refuses(words, says, tmp_path):
+    done = papermill(tmp_path, *SHORT, *words)
+    assert done.returncode != 0 and says in done.stderr and 'BadInput' in done.stderr
+
+
+@pytest.mark.parametrize('loss', ['uld', 'strict'])
+def test_quickstart_with_another_loss(loss, tmp_path):
+    done = papermill(tmp_path, *SHORT, '-p', 'loss', loss, '-p', 'max_steps', '3')
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads((tmp_path / 'metrics.json').read_text())['loss'] == loss
+
+
+def test_tiny_models_in_small(tmp_path):
+    done = papermill(tmp_path, '-p', 'fraction', '0.002', '-p', 'n_eval', '10', notebook='tiny_models')
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads((tmp_path / 'metrics.json').read_text())['n_eval'] == 10
+
+
+def test_benchmark_in_small(tmp_path):
+    "Sizes of a toy: the figures mean nothing, but all of them are there, and both sides ran."
+    small = dict(lengths='16,32', student_vocab=2000, teacher_vocab=1500, dims='16', rows=16, repeats=1, text_mb=.02)
+    done = papermill(tmp_path, *(w for k, v in small.items() for w in ('-p', k, str(v))), notebook='benchmark')
+    assert done.returncode == 0, done.stderr[-2000:]
+    m = json.loads((tmp_path / 'metrics.json').read_text())
+    wanted = {'gold_time_ratio_16', 'gold_mem_ratio_32', 'align_time_ratio', 'phi_seconds', 'w_seconds', *(f'{x}_over_floor' for x in ('gold', 'strict', 'bpm', 'escd', 'uld'))}
+    assert wanted <= set(m) and all(m[k] > 0 for k in wanted - {'gold_mem_ratio_32'}), wanted - set(m)
+
+
+def test_two_real_models_in_small(tmp_path):
+    "Three steps of two losses on models that others trained (the first, at the foot of the warm-up, has a rate of 0); the hundred steps are in the notebook."
+    done = papermill(tmp_path, '-p', 'real_data', str(real('models').parent), '-p', 'losses', 'bpm,control', '-p', 'steps', '3', '-p', 'batch', '2', '-p', 'evaluated', '2', '-p', 'max_new_tokens', '24', notebook='real_pair')
+    assert done.returncode == 0, done.stderr[-2000:]
+    m = json.loads((tmp_path / 'metrics.json').read_text())
+    assert {'start', 'bpm', 'control'} == set(m) and m['start']['teacher_nll'] > 0 and m['bpm']['divergence_bpm'] != m['control']['divergence_bpm']
+
+
+def test_teachers_in_small(tmp_path):
+    "Three backends on four completions and in three steps of `opd train`: every loss is compared, and the notebook's own limits hold."
+    pytest.importorskip('llama_cpp', reason='pip install opd_nb[gguf]')
+    pytest.importorskip('xllamacpp', reason="llama.cpp's server comes with the dev requirements")
+    done = papermill(tmp_path, '-p', 'n', '4', '-p', 'k', '20', '-p', 'real', 'False', '-p', 'seed', '3', '-p', 'train_steps', '3', '-p', 'batch', '4', '-p', 'n_eval', '20', notebook='teachers')
+    assert done.returncode == 0, done.stderr[-2000:]
+    m = json.loads((tmp_path / 'metrics.json').read_text())
+    assert m['embedded']['losses_compared'] == 12 and m['embedded']['largest_loss_difference'] < 1e-3 and 'babyllama105' not in m
+    assert m['embedded']['largest_logprob_difference'] < 1e-4 and m['embedded']['least_same_likeliest'] == 1 and (tmp_path / 'time.png').exists()
+    assert [len(t['losses']) for t in m['training'].values()] == [0, 3, 3, 3]
+    first, *others = (t['losses'] for t in list(m['training'].values())[1:])
+    assert all(abs(a - b) < 1e-3 * b for a, b in zip(others[0], first)) and all(abs(a - b) < .3 * b for a, b in zip(others[1], first))
+
+
+def test_loops_side_by_side_in_small(tmp_path):
+    "Our loop and TRL's for two seconds each: the figures mean nothing, but all sides ran, and what TRL refuses it still refuses."
+    small = dict(n_train=100, n_eval=10, batch=8, rate_steps=1, repeats=1, seconds=1, marks=1, max_new_tokens=8)
+    done = papermill(tmp_path, *(w for k, v in small.items() for w in ('-p', k, str(v))), notebook='benchmark_loop')
+    assert done.returncode == 0, done.stderr[-2000:]
+    m = json.loads((tmp_path / 'metrics.json').read_text())
+    assert all('NotImplementedError' in m['refused'][who] for who in ('student', 'teacher')) and (tmp_path / 'loops.png').exists()
+    assert all(m['tokens_per_second'][side] > 0 and m['curves'][side]['steps'] > 1 for side in ('opd_nb', 'opd_nb, gold', 'TRL', 'TRL, mended', 'opd_nb, SentencePiece', 'TRL positional, SentencePiece'))
+
+
+def test_gpu_in_small(tmp_path):
+    "Shapes of a toy, on a CPU: each phase has its time, for adapters and for all weights."
+    from opd_nb.models.lm import tiny_folder
+    small = dict(student_shape='2,32,2,1,64', teacher_shape='2,64,2,1,96', student_vocab=512, teacher_vocab=512, tokenizer=tiny_folder('teacher'), batch=4, micro_batch=2, max_new_tokens=6, steps=2, at_once='2,4', repeats=1, device='cpu')
+    done = papermill(tmp_path, *(w for k, v in small.items() for w in ('-p', k, str(v))), notebook='gpu')
+    assert done.returncode == 0, done.stderr[-2000:]
+    m = json.loads((tmp_path / 'metrics.json').read_text())
+    assert set(m['modes']) == {'lora', 'whole'} and all(x[k] > 0 for x in m['modes'].values() for k in ('rollout', 'teacher', 'student', 'tokens_per_second', 'peak_gb')) and set(m['writing']) == {'whole, 2', 'whole, 4', 'lora, 2', 'lora, 4'} and not (tmp_path / 'student').exists()
+
+
+def test_spelling_in_small(tmp_path):
+    "Four steps of each; what four hundred come to is in the notebook."
+    done = papermill(tmp_path, '-p', 'max_steps', '4', '-p', 'batch', '4', '-p', 'marks', '2', '-p', 'n_train', '40', '-p', 'n_eval', '20', notebook='spelling')
+    assert done.returncode == 0, done.stderr[-2000:]
+    m = json.loads((tmp_path / 'metrics.json').read_text())
+    assert [p['step'] for p in m['marks']['cover@1e-3']] == [0, 2, 4] and m['marks']['bpm@1e-4'][1]['teacher_nll'] > 0

@@ -1,0 +1,229 @@
+"Rollouts by a server: what can be shown without vLLM, and, slow, with it."
+import os, socket, subprocess, sys
+
+import pytest
+import torch
+
+from conftest import ROOT, slow
+from opd_nb.core.errors import BadInput
+from opd_nb.core.config import OPDConfig
+from opd_nb.models.lm import LM
+from opd_nb.hosted.pricing import TeacherGone
+from opd_nb.training.rollouts import rollout
+from opd_nb.training.vllm_rollouts import Server, ServerWriter, StaleWriter, WriterGone, drift, written, writer_for
+from opd_nb.lab import countdown
+from servers import command_server, served, writing_server
+
+ASKS = countdown.draw(6, 1)
+
+
+def shaken(model, size, seed=0):
+    "Other weights, of those that are trained."
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad: p.add_(torch.randn(p.shape, generator=g) * size)
+
+
+def with_adapter(lm):
+    from peft import LoraConfig, get_peft_model
+    return LM(get_peft_model(lm.model, LoraConfig(r=8, target_modules=['q_proj', 'k_proj', 'v_proj', 'o_proj'], lora_dropout=.3)), lm.codec, lm.path)
+
+
+def test_what_a_row_is_given_does_not_depend_on_the_batch(tmp_path):
+    lm = LM.load('tiny:student', dtype='float32')
+    with writing_server('tiny:student') as (url, state):
+        whole, halves = (ServerWriter(f'vllm:{url}', tmp_path / n) for n in 'ab')
+        together = [r.ids for r in whole(lm, ASKS, 24, seed=3, step=2)]
+        apart = [r.ids for k in (0, 3) for r in halves(lm, ASKS[k:k + 3], 24, seed=3, step=2, first_row=k)]
+        assert together == apart != [r.ids for r in whole(lm, ASKS, 24, seed=3, step=3)]
+        asked = [b for path, b in state.seen if path.endswith('completions')]
+        assert {b['temperature'] for b in asked} == {1.} and all(b['stop_token_ids'] == list(lm.codec.stop_ids) and b['repetition_penalty'] == 1 for b in asked)
+
+
+def test_another_server_is_refused_with_what_is_needed(tmp_path):
+    "llama.cpp's server takes token ids and tells logprobs, but no ids, and no weights."
+    pytest.importorskip('xllamacpp', reason="llama.cpp's server comes with the dev requirements")
+    lm = LM.load('tiny:student', dtype='float32')
+    with served('tiny:student') as (url, _):
+        with pytest.raises(WriterGone, match='VLLM_SERVER_DEV_MODE=1'): ServerWriter(f'vllm:{url}', tmp_path)(lm, ASKS, 8)
+        with pytest.raises(WriterGone, match='VLLM_ALLOW_RUNTIME_LORA_UPDATING=1'): ServerWriter(f'vllm:{url}', tmp_path)(with_adapter(lm), ASKS, 8)
+        from opd_nb.training.vllm_rollouts import question
+        prompt = lm.codec.prompt(ASKS[0].prompt)
+        answer, = Server(f'vllm:{url}').post(question(prompt, lm.codec.stop_ids, 'any', 'a', 8, 0, 0, 0))
+        with pytest.raises(BadInput, match='token ids'): written(answer, ASKS[0], prompt, lm.codec, 0)
+
+
+def test_a_server_that_is_away_is_an_end_the_loop_knows(tmp_path):
+    lm = LM.load('tiny:student', dtype='float32')
+    with writing_server('tiny:student') as (url, _): pass
+    writer = ServerWriter(f'vllm:{url}', tmp_path)
+    writer.server.retries = 0
+    with pytest.raises(TeacherGone, match='no connection'): writer(lm, ASKS, 8)
+
+
+@pytest.mark.parametrize('spec', ['there', 'vllm:', 'vllm:localhost:8000', 'api:http://localhost:8000'])
+def test_bad_addresses(spec, tmp_path):
+    with pytest.raises(BadInput, match='rollouts'): writer_for(OPDConfig(_env_file=None, rollouts=spec, output_dir=tmp_path))
+
+
+def test_a_divided_student_is_refused(tmp_path):
+    "What one process holds of it are no weights to hand over, and gathering them is not done yet."
+    from torch.distributed.tensor import distribute_tensor, init_device_mesh
+    lm, writer = LM.load('tiny:student', dtype='float32'), ServerWriter('vllm:http://127.0.0.1:9', tmp_path)
+    torch.distributed.init_process_group('gloo', store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        lm.model.lm_head.weight = torch.nn.Parameter(distribute_tensor(lm.model.lm_head.weight.detach(), init_device_mesh('cpu', (1,))))
+        with pytest.raises(BadInput, match='FSDP'): writer.follow(lm, 0)
+    finally: torch.distributed.destroy_process_group()
+
+
+ONE_OF_TWO = '''
+import sys
+from opd_nb.core.errors import BadInput
+from opd_nb.core.distributed import processes
+from opd_nb.training.vllm_rollouts import from_first
+state = processes('cpu')
+def work(): raise eval(sys.argv[1])
+print(from_first(lambda: state.process_index + 7))
+try: from_first(work)
+except Exception as e: print(type(e).__name__, e)
+'''
+
+
+@pytest.mark.parametrize('error', ["OSError(28, 'No space left on device')", "BadInput('rollouts', 'vllm:', 'must be near', 'Look.')", "ValueError('id')"])
+def test_what_the_first_process_cannot_do_ends_all(error):
+    "Any error, or the others would wait for ever."
+    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
+    env = os.environ | dict(WORLD_SIZE='2', LOCAL_WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), CUDA_VISIBLE_DEVICES='', PYTHONPATH=str(ROOT))
+    both = [subprocess.Popen([sys.executable, '-c', ONE_OF_TWO, error], env=env | dict(RANK=str(r), LOCAL_RANK=str(r)), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) for r in range(2)]
+    try: said = [p.communicate(timeout=60)[0] for p in both]
+    finally: [p.kill() for p in both]
+    assert said[0] == said[1] and said[0].startswith('7\n') and error.partition('(')[0] in said[0], said
+
+
+def test_here_is_the_students_own_writing(tmp_path):
+    assert writer_for(OPDConfig(_env_file=None, output_dir=tmp_path)) is rollout
+
+
+@pytest.fixture(scope='module')
+def vllm(tmp_path_factory):
+    "A vLLM server of the embedded student. OPD_VLLM_PYTHON is the interpreter of an environment that has it. The head is saved untied: on a CPU vLLM keeps a packed copy of a tied one, which a reload does not renew."
+    python = os.environ.get('OPD_VLLM_PYTHON') or pytest.skip('OPD_VLLM_PYTHON names no environment with vLLM')
+    lm, folder = LM.load('tiny:student', dtype='float32'), tmp_path_factory.mktemp('untied')
+    untied(lm.model)
+    lm.model.save_pretrained(folder); lm.codec.tok.save_pretrained(folder)
+    with command_server(python, '-m', 'vllm.entrypoints.openai.api_server', '--model', str(folder), '--port', '{port}', '--host', '127.0.0.1', '--dtype', 'float32', '--max-model-len', '512', '--enforce-eager', '--distributed-executor-backend', 'uni',
+                        '--enable-lora', '--max-lora-rank', '16', '--max-loras', '2', patience=400, HF_HUB_OFFLINE='1', VLLM_NO_USAGE_STATS='1', VLLM_CPU_KVCACHE_SPACE='1', TORCHDYNAMO_DISABLE='1', VLLM_ENABLE_V1_MULTIPROCESSING='0',
+                        VLLM_SERVER_DEV_MODE='1', VLLM_ALLOW_RUNTIME_LORA_UPDATING='1') as url: yield str(folder), url
+
+
+def untied(model):
+    model.config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.get_input_embeddings().weight.detach().clone())
+
+
+@slow
+@pytest.mark.parametrize('lora', [False, True], ids=['whole', 'lora'])
+def test_vllm_follows_the_student(vllm, lora, tmp_path):
+    folder, url = vllm
+    lm = LM.load(folder, dtype='float32')
+    ServerWriter(f'vllm:{url}', tmp_path / 'base').follow(lm, 0)  # another test left other weights there, which the first batch would find
+    if lora: lm = with_adapter(lm)
+    writer, seen = ServerWriter(f'vllm:{url}', tmp_path, sync_every=2), []
+    for step in range(4):
+        rolled = writer(lm, ASKS, 24, seed=1, step=step)
+        seen.append((rolled[0].version, drift(lm, rolled).abs().max().item()))
+        assert all(len(r.logprobs) == len(r.ids) for r in rolled) and any(r.stopped for r in rolled)
+        shaken(lm.model, .1 if lora else .02, step)
+    assert [v for v, _ in seen] == [0, 0, 2, 2]
+    assert max(d for _, d in seen[::2]) < 1e-4 < .1 < min(d for _, d in seen[1::2]), seen  # exact when new, and it shows when not
+    assert [r.ids for r in writer(lm, ASKS, 24, seed=1, step=4)] == [r.ids for r in writer(lm, ASKS, 24, seed=1, step=4)]
+    one_token = lm.codec.bytes.encode('=')[0][-1]
+    stops = LM(lm.model, lm.codec, lm.path); kept = lm.codec.stop_ids
+    try:
+        lm.codec.stop_ids = (*kept, one_token)
+        ended = writer(stops, ASKS, 24, seed=1, step=4)
+        assert any(r.ids[-1] == one_token for r in ended) and all(one_token not in r.ids[:-1] for r in ended)
+    finally: lm.codec.stop_ids = kept
+
+
+@slow
+def test_vllm_that_stays_behind_is_found_out(vllm, tmp_path, monkeypatch):
+    "Somebody gives the server other weights after they were handed over; a copy of the base model writes in place of an adapter."
+    folder, url = vllm
+    lm = LM.load(folder, dtype='float32')
+    writer = ServerWriter(f'vllm:{url}', tmp_path / 'a', sync_every=9)
+    writer(lm, ASKS, 24)
+    ServerWriter(f'vllm:{url}', tmp_path / 'b').follow(lm, 0)
+    with pytest.raises(StaleWriter, match='somebody else'): writer(lm, ASKS, 24, step=1)
+    ServerWriter(f'vllm:{url}', tmp_path / 'base').follow(lm, 0)
+    adapted = with_adapter(lm)
+    writer = ServerWriter(f'vllm:{url}', tmp_path / 'c')
+    writer(adapted, ASKS, 24)
+    shaken(adapted.model, .1)
+    base = Server(f'vllm:{url}').get('/models')['data'][0]['id']
+    monkeypatch.setattr('opd_nb.training.vllm_rollouts.hand_over', lambda *a: base)
+    with pytest.raises(StaleWriter, match='differ by up to'): writer(adapted, ASKS, 24, step=1)
+
+
+TWO = '''
+import sys
+from opd_nb.core.distributed import processes
+from opd_nb.models.lm import LM
+from opd_nb.training.vllm_rollouts import ServerWriter, WriterGone
+from opd_nb.lab import countdown
+state, (url, folder) = processes('cpu'), sys.argv[1:]
+mine = countdown.draw(6, 1)[state.process_index * 3:][:3]
+writer = ServerWriter(f'vllm:{url}', folder)
+for step in range(2): print('ids', state.process_index, step, [r.ids for r in writer(LM.load('tiny:student', dtype='float32', device='cpu'), mine, 8, step=step, first_row=state.process_index * 3)], flush=True)
+try: ServerWriter('vllm:http://127.0.0.1:9', folder)(LM.load('tiny:student', device='cpu'), mine, 8)
+except WriterGone as e: print('end', state.process_index, e, flush=True)
+'''
+
+
+@slow
+def test_two_processes_share_one_writer(tmp_path):
+    "One hands over, both write; what they write is what one alone would get; an end reaches both."
+    import subprocess, sys
+    (tmp_path / 'two.py').write_text(TWO)
+    with writing_server('tiny:student') as (url, state):
+        done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '--standalone', str(tmp_path / 'two.py'), url, str(tmp_path)], capture_output=True, text=True, timeout=300, env=os.environ | dict(ACCELERATE_USE_CPU='true'))
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert sum(p == '/collective_rpc' for p, _ in state.seen) == 2
+        alone = ServerWriter(f'vllm:{url}', tmp_path / 'alone')(LM.load('tiny:student', dtype='float32'), ASKS, 8, step=1)
+    said = sorted(line for line in done.stdout.splitlines() if line.startswith(('ids', 'end')))
+    assert [line.split()[1] for line in said[:2]] == ['0', '1'] and all('does not take new weights' in line for line in said[:2]), said
+    assert [said[3], said[5]] == [f'ids {k} 1 {[r.ids for r in alone[3 * k:3 * k + 3]]}' for k in range(2)]
+
+
+def trained(url, folder, student, **settings):
+    "Six steps by `train`, written by a server."
+    import json
+    from opd_nb.training.loop import train
+    (folder / 'puzzles.jsonl').write_text(''.join(json.dumps(dict(messages=list(c.prompt), metadata=c.metadata)) + '\n' for c in countdown.draw(40)))
+    done = train(OPDConfig(_env_file=None, student=student, teacher='tiny:', data=str(folder / 'puzzles.jsonl'), rollouts=f'vllm:{url}', sync_every=2, output_dir=folder / 'run', batch=8, max_new_tokens=16, max_steps=6, warmup_steps=0,
+                           learning_rate=2e-3, val_fraction=0., **settings), progress=False)
+    return [e for e in done.events if e['event'] == 'step']
+
+
+def follows(steps):
+    assert len(steps) == 6 and not any(e['skipped'] for e in steps)
+    assert [e['writer_lag'] for e in steps] == [0, 1] * 3
+    fresh, old = [e['writer_gap'] for e in steps[::2]], [e['writer_gap'] for e in steps[1::2]]
+    assert max(fresh) < 1e-4 < min(old) and all(.5 < e['importance_ratio'] < 2 for e in steps), (fresh, old)
+
+
+@pytest.mark.parametrize('lora', [False, True], ids=['whole', 'lora'])
+def test_a_run_whose_rollouts_a_server_writes(lora, tmp_path):
+    with writing_server('tiny:student') as (url, state):
+        follows(trained(url, tmp_path, 'tiny:student', lora=lora))
+        assert sum(p.endswith(('load_lora_adapter', 'collective_rpc')) for p, _ in state.seen) >= 3 and len(state.models) == 1 + lora
+
+
+@slow
+@pytest.mark.parametrize('lora', [False, True], ids=['whole', 'lora'])
+def test_a_run_whose_rollouts_vllm_writes(vllm, lora, tmp_path):
+    folder, url = vllm
+    ServerWriter(f'vllm:{url}', tmp_path / 'base').follow(LM.load(folder, dtype='float32'), 0)
+    follows(trained(url, tmp_path, folder, lora=lora))
