@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import real
+from conftest import real, slow
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNS = sorted((ROOT / 'nbs' / 'runs').glob('*.ipynb'))
@@ -61,20 +61,21 @@ def test_same_seed_same_figures_without_network(first, tmp_path):
     if not wrap: pytest.skip('same figures, but this machine cannot take the network away (unshare, ip)')
 
 
-@pytest.mark.parametrize('words, says', [(['-p', 'max_stepz', '5'], "'max_steps'"), (['-p', 'loss', 'gkd'], 'different ones'), (['-p', 'loss', 'golden'], "'gold'"),
-                                         (['-p', 'max_steps', '0'], 'max_steps'), (['-p', 'teacher', 'tinny:'], 'tiny:'), (['-p', 'student', './nowhere'], 'nothing is there')])
+@pytest.mark.parametrize('words, says', [(['-p', 'max_stepz', '5'], "'max_steps'"), (['-p', 'loss', 'gkd'], 'different ones')] + [pytest.param(*wrong, marks=slow) for wrong in (
+    (['-p', 'loss', 'golden'], "'gold'"), (['-p', 'max_steps', '0'], 'max_steps'), (['-p', 'teacher', 'tinny:'], 'tiny:'), (['-p', 'student', './nowhere'], 'nothing is there'))])
 def test_quickstart_refuses(words, says, tmp_path):
     done = papermill(tmp_path, *SHORT, *words)
     assert done.returncode != 0 and says in done.stderr and 'BadInput' in done.stderr
 
 
-@pytest.mark.parametrize('loss', ['uld', 'strict'])
+@pytest.mark.parametrize('loss', ['strict', pytest.param('uld', marks=slow)])
 def test_quickstart_with_another_loss(loss, tmp_path):
     done = papermill(tmp_path, *SHORT, '-p', 'loss', loss, '-p', 'max_steps', '3')
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads((tmp_path / 'metrics.json').read_text())['loss'] == loss
 
 
+@slow
 def test_tiny_models_in_small(tmp_path):
     done = papermill(tmp_path, '-p', 'fraction', '0.002', '-p', 'n_eval', '10', notebook='tiny_models')
     assert done.returncode == 0, done.stderr[-2000:]
@@ -91,6 +92,7 @@ def test_benchmark_in_small(tmp_path):
     assert wanted <= set(m) and all(m[k] > 0 for k in wanted - {'gold_mem_ratio_32'}), wanted - set(m)
 
 
+@slow
 def test_two_real_models_in_small(tmp_path):
     "Three steps of two losses on models that others trained (the first, at the foot of the warm-up, has a rate of 0); the hundred steps are in the notebook."
     done = papermill(tmp_path, '-p', 'real_data', str(real('models').parent), '-p', 'losses', 'bpm,control', '-p', 'steps', '3', '-p', 'batch', '2', '-p', 'evaluated', '2', '-p', 'max_new_tokens', '24', notebook='real_pair')
@@ -133,6 +135,7 @@ def test_gpu_in_small(tmp_path):
     assert set(m['modes']) == {'lora', 'whole'} and all(x[k] > 0 for x in m['modes'].values() for k in ('rollout', 'teacher', 'student', 'tokens_per_second', 'peak_gb')) and set(m['writing']) == {'whole, 2', 'whole, 4', 'lora, 2', 'lora, 4'} and not (tmp_path / 'student').exists()
 
 
+@slow
 def test_spelling_in_small(tmp_path):
     "Four steps of each; what four hundred come to is in the notebook."
     done = papermill(tmp_path, '-p', 'max_steps', '4', '-p', 'batch', '4', '-p', 'marks', '2', '-p', 'n_train', '40', '-p', 'n_eval', '20', notebook='spelling')
