@@ -22,6 +22,8 @@ def as_read(nb):
 
 STYLE = """<style>
 pre { white-space: pre-wrap !important; overflow-wrap: anywhere; word-break: normal !important }
+.jp-Cell-inputWrapper, .jp-InputArea-editor { overflow: visible !important }
+math { font-size: 1.05em }
 .jp-RenderedMarkdown .highlight { background: #f5f5f5; margin: .8em 0; padding: .4em .8em }
 .jp-RenderedMarkdown .highlight pre { background: none }
 .jp-RenderedHTML table.dataframe { display: block; overflow-x: auto }
@@ -30,10 +32,21 @@ CODE = r'(```.*?```|`[^`\n]*`)'
 FORMULA = r'\$\$(.+?)\$\$|(?<![\\\w$])\$([^\s$](?:[^$\n]*?[^\s$])?)\$(?![\w$])'
 
 
-def with_formulas(text):
-    "Markdown whose LaTeX is MathML, which browsers show without a network."
-    def shown(m): return convert(m[1] or m[2], display='block' if m[1] else 'inline')
-    return ''.join(part if i % 2 else re.sub(FORMULA, shown, part, flags=re.S) for i, part in enumerate(re.split(CODE, text, flags=re.S)))
+def with_formulas(
+    text: str,             # markdown
+    formulas: dict[str, str],  # filled: placeholder -> MathML
+) -> str:
+    "Markdown with a placeholder for each formula: nbconvert's sanitizer would empty MathML elements, so they come in afterwards."
+    def keep(m):
+        placeholder = f'FORMULA{len(formulas)}X'
+        formulas[placeholder] = convert(m[1] or m[2], display='block' if m[1] else 'inline')
+        return placeholder
+    return ''.join(part if i % 2 else re.sub(FORMULA, keep, part, flags=re.S) for i, part in enumerate(re.split(CODE, text, flags=re.S)))
+
+
+def empty_formulas(page: str) -> list[str]:
+    "MathML elements that should hold something and hold nothing."
+    return [m[0] for m in re.finditer(r'<(math|mi|mn|mo|mrow|mfrac|msub|msup|msubsup|munder|mover|msqrt)\b[^>]*(?:/>|>\s*</\1>)', page)]
 
 
 def links_of(page):
@@ -49,11 +62,14 @@ def html(target: Path) -> int:
         nb = nbformat.read(path, 4)
         bad = [o for c in nb.cells if c.cell_type == 'code' for o in c.outputs if o.output_type == 'error']
         if bad: print(f'{path.relative_to(ROOT)}: error cell: {bad[0].ename}: {bad[0].evalue}'); return 1
+        formulas = {}
         for c in as_read(nb).cells:
-            if c.cell_type == 'markdown': c.source = with_formulas(c.source)
+            if c.cell_type == 'markdown': c.source = with_formulas(c.source, formulas)
         front = path.stem == 'index'  # what its cells show is of interest, the cells are not
         page, _ = HTMLExporter(embed_images=True, exclude_input=front, exclude_input_prompt=True, exclude_output_prompt=True).from_notebook_node(nb, resources={'metadata': {'path': str(path.parent), 'name': path.stem}})
         page = re.sub(r'<script[^>]*\bsrc="https?:[^>]*>\s*</script>|<script type="text/x-mathjax-config">.*?</script>', '', page, flags=re.S).replace('</head>', STYLE, 1)  # nothing is fetched
+        page = re.sub(r'FORMULA\d+X', lambda m: formulas[m[0]], page)
+        if bad := empty_formulas(page): print(f'{path.relative_to(ROOT)}: empty formula: {bad[0]}'); return 1
         page = re.sub(r'(href="(?![a-z]+:)[^"#]*)\.ipynb(["#])', r'\1.html\2', page)                       # notebooks name each other as files
         out = target / path.relative_to(ROOT / 'nbs').with_suffix('.html')
         out.parent.mkdir(parents=True, exist_ok=True)

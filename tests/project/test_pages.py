@@ -25,8 +25,20 @@ def site(tmp_path, monkeypatch):
 
 
 def test_formulas_are_shown_by_the_browser_alone():
-    assert render.with_formulas('as $p$ is').startswith('as <math') and 'display="block"' in render.with_formulas('$$\\frac{p}{q}$$')
-    for plain in ('from $5 to $6', 'a `$HOME$` b', '```sh\necho $A$B$\n```', r'\$p\$'): assert render.with_formulas(plain) == plain
+    kept = {}
+    assert render.with_formulas('as $p$ is $$\\frac{p}{q}$$', kept) == 'as FORMULA0X is FORMULA1X'
+    assert kept['FORMULA0X'].startswith('<math') and 'display="block"' in kept['FORMULA1X']
+    for plain in ('from $5 to $6', 'a `$HOME$` b', '```sh\necho $A$B$\n```', r'\$p\$'): assert render.with_formulas(plain, {}) == plain
+
+
+def test_a_fraction_is_a_fraction_on_the_page(site):
+    status, pages = site(a='As $$\\frac{p}{q}$$ is.')
+    page = (pages / 'a.html').read_text()
+    assert status == 0 and '<mfrac><mrow><mi>p</mi></mrow><mrow><mi>q</mi></mrow></mfrac>' in page.replace('\n', '') and not render.empty_formulas(page)
+
+
+def test_an_empty_formula_is_found():
+    assert render.empty_formulas('<math><mfrac><mrow></mrow><mi>q</mi></mfrac></math>') and not render.empty_formulas('<math><mi>p</mi></math>')
 
 
 def test_a_notebook_names_another_as_a_file_and_pages_name_pages(site):
