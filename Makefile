@@ -26,16 +26,20 @@ $(VENV)/.dev: $(VENV)/.base
 	@echo "Installing what the tests and JupyterLab need (the first time llama.cpp is compiled, 5 to 10 minutes on two cores; pip keeps the result)"
 	@$(PIP) -e '.[dev]' && touch $@
 
+$(VENV)/.lab: $(VENV)/.base
+	@echo "Installing JupyterLab"
+	@$(PIP) -e '.[lab]' && touch $@
+
 demo: $(VENV)/.base  ## distil across tokenizers, offline, and show the rise
 	@HF_HUB_OFFLINE=1 $(BIN)/opd demo --output-dir outputs/quickstart $(ARGS)
 
-test: $(VENV)/.dev   ## everything that proves the project, in under half an hour
+test: $(VENV)/.dev   ## every notebook and every test, a quarter of an hour on two cores
 	@PATH="$(abspath $(BIN)):$$PATH" sh .ci/test
 
-test-slow: $(VENV)/.dev  ## what takes longer
-	@PATH="$(abspath $(BIN)):$$PATH" OPD_SLOW=1 python -m pytest -q tests
+test-slow: $(VENV)/.dev  ## the tests that take minutes each; the last lines say which ran
+	@PATH="$(abspath $(BIN)):$$PATH" OPD_SLOW=1 OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 MPLBACKEND=agg JUPYTER_PLATFORM_DIRS=1 python -m pytest tests -n 2 --dist loadfile -m slow
 
-lab: $(VENV)/.dev    ## JupyterLab on the notebooks
+lab: $(VENV)/.lab    ## JupyterLab on the notebooks
 	@$(BIN)/jupyter lab nbs/
 
 docs: $(VENV)/.dev   ## every notebook as HTML, in _docs

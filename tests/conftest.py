@@ -5,7 +5,22 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-slow = pytest.mark.skipif(not os.environ.get('OPD_SLOW'), reason='takes minutes; make test-slow runs it')
+slow = pytest.mark.slow
+
+
+def pytest_collection_modifyitems(items):
+    "A slow test is skipped, and says so, unless OPD_SLOW is set."
+    if os.environ.get('OPD_SLOW'): return
+    for item in items:
+        if item.get_closest_marker('slow'): item.add_marker(pytest.mark.skip(reason='takes minutes; make test-slow runs it'))
+
+
+def pytest_terminal_summary(terminalreporter):
+    "What `make test-slow` ran, by name."
+    if not os.environ.get('OPD_SLOW'): return
+    reports = [r for kind in ('passed', 'failed') for r in terminalreporter.stats.get(kind, []) if r.when == 'call']
+    terminalreporter.section('slow tests that ran')
+    for r in sorted(reports, key=lambda r: -r.duration): terminalreporter.line(f'{r.duration:7.1f} s  {r.outcome}  {r.nodeid}')
 
 
 def real(*parts):
