@@ -35,13 +35,14 @@ def run(notebook: Path) -> tuple[Path, bool, float, list[str]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('notebooks', nargs='*', type=Path, help='these only')
+    parser.add_argument('paths', metavar='notebook', nargs='*', type=Path, help='these only')
     parser.add_argument('--workers', type=int, default=2)
     args = parser.parse_args()
-    notebooks = [p.resolve() for p in args.notebooks] or [p for p in sorted((ROOT / 'nbs').rglob('[0-9]*.ipynb')) if '.ipynb_checkpoints' not in p.parts]
+    paths = [p.resolve() for p in args.paths] or [p for p in sorted((ROOT / 'nbs').rglob('[0-9]*.ipynb')) if '.ipynb_checkpoints' not in p.parts]
     os.chdir(ROOT / 'nbs')
     start = time.perf_counter()
-    with ProcessPoolExecutor(args.workers, mp_context=get_context('spawn')) as pool: results = list(pool.map(run, notebooks))
+    import notebooks as module  # by name: a notebook replaces `__main__` in its process, and `__main__.run` would not be found
+    with ProcessPoolExecutor(args.workers, mp_context=get_context('spawn')) as pool: results = list(pool.map(module.run, paths))
     name = lambda p: p.relative_to(ROOT / 'nbs')
     for notebook, _, seconds, _ in sorted(results, key=lambda r: -r[2])[:30]: print(f'{seconds:6.1f} s  {name(notebook)}')
     for notebook, _, _, traces in results:

@@ -13,7 +13,7 @@ from opd_nb.losses import trl_gold as peers  # the latter for gold_trl
 from opd_nb.teachers.hf import HFTeacher
 from opd_nb.data.formats import save_conversations
 from opd_nb.training.rollouts import rollout
-from opd_nb.training.batch import distil_rows, loss_for
+from opd_nb.training.batch import distillation_loss, loss_for, read_and_align, score
 from opd_nb.training.loop import train
 from opd_nb.lab import countdown
 
@@ -51,7 +51,8 @@ def compared(student, teacher, name, rows, **how):
     "The loss, and the gradient of each weight, brought to the CPU."
     vocab = VocabMap.build(student.codec, teacher.codec)
     student.model.zero_grad()
-    out, _ = distil_rows(student, teacher, vocab, loss_for(name, vocab, teacher), rows, **how)
+    batch = read_and_align(student, *score(teacher, rows), vocab)
+    out, _ = distillation_loss(batch, loss_for(name, vocab, teacher), **how)
     out.total.backward()
     return out.total.item(), {k: p.grad.double().cpu() for k, p in student.model.named_parameters() if p.grad is not None}
 
@@ -68,7 +69,7 @@ def test_loss_and_gradient_as_on_a_cpu(pair, name):
     if LOSSES[name].same_vocab and pair[0] != pair[1]: pytest.skip('for one vocabulary')
     cpu, gpu = ((moved(loaded(pair[0], d)), HFTeacher(loaded(pair[1], d))) for d in ('cpu', GPU))
     rows = rollout(cpu[0], countdown.draw(6), 24, seed=1)
-    for how in ({}, dict(score_weight='token', most=3)):
+    for how in ({}, dict(score_weight='token', max_chunks=3)):
         alike(compared(*gpu, name, rows, **how), compared(*cpu, name, rows, **how), 1e-4)
 
 

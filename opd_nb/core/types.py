@@ -14,14 +14,14 @@ from dataclasses import dataclass, field
 @dataclass(frozen=True)
 class Conversation:
     "A prompt, as chat messages, and perhaps the reference answer as the last one."
-    messages: tuple             # of {'role': str, 'content': str}
-    metadata: dict = field(default_factory=dict)  # anything the record knows about itself
+    messages: tuple[dict[str, str], ...]  # of {'role': ..., 'content': ...}
+    metadata: dict[str, object] = field(default_factory=dict)  # what the record knows about itself
 
     @property
     def has_reference(self) -> bool: return self.messages[-1]['role'] == 'assistant'
 
     @property
-    def prompt(self) -> list:
+    def prompt(self) -> list[dict[str, str]]:
         "Messages the student sees."
         return list(self.messages[:-1] if self.has_reference else self.messages)
 
@@ -38,24 +38,26 @@ class Conversation:
 # %% ../../nbs/01_core/02_types.ipynb #c015
 @dataclass(frozen=True)
 class Rollout:
-    "One completion of one conversation, in the writer's own tokens."
+    "One completion of one conversation, in the tokens of the model that wrote it."
     conversation: Conversation
-    prompt_ids: tuple  # the prompt in the writer's template and tokens
-    ids: tuple         # [T] completion token ids; the stop token last, if `stopped`
-    ends: tuple        # [T] byte offset after each token; the stop counts as one byte past the text
-    data: bytes        # the completion's bytes, without the stop
-    stopped: bool      # ended by itself (True) or cut by the length limit (False)
-    on_policy: bool = True  # sampled from the student (True) or reference text (False)
-    version: int | None = None # steps that the server's weights had behind them; None where no server wrote it
-    logprobs: tuple | None = None # [T] log p of each token, as the server saw it, in nats at temperature 1; None where no server wrote it
+    prompt_ids: tuple[int, ...]  # the prompt in that model's template and tokens
+    ids: tuple[int, ...]         # [T] completion token ids; the stop token last, if `stopped`
+    ends: tuple[int, ...]        # [T] byte offset after each; that of the stop is one past the text
+    data: bytes                  # the completion's bytes, without the stop
+    stopped: bool                # ended by itself (True) or truncated at the length limit (False)
+    on_policy: bool = True       # sampled from the student (True) or reference text (False)
+    version: int | None = None   # training steps of the server's weights; None without a server
+    logprobs: tuple[float, ...] | None = None  # [T] the server's, nats at temperature 1
 
     def __post_init__(self):
-        assert len(self.ids) == len(self.ends), f"{len(self.ids)} ids but {len(self.ends)} ends"
-        assert self.logprobs is None or len(self.logprobs) == len(self.ids), f"{len(self.ids)} ids but {len(self.logprobs)} logprobs"
+        n = len(self.ids)
+        assert n == len(self.ends), f"{n} ids but {len(self.ends)} ends"
+        if self.logprobs is None: return
+        assert n == len(self.logprobs), f"{n} ids but {len(self.logprobs)} logprobs"
 
     @property
     def text(self) -> str:
-        "The completion as text; bytes that are no UTF-8 become U+FFFD."
+        "The completion as text; bytes that are not UTF-8 become U+FFFD."
         return self.data.decode('utf-8', errors='replace')
 
 # %% ../../nbs/01_core/02_types.ipynb #c019
@@ -67,14 +69,18 @@ class Head:
     scale: float = 1.0      # logits are multiplied by it (Cohere) ...
     softcap: float = 0.0    # ... and squashed to (-softcap, softcap) if it is not 0 (Gemma 2)
 
-    def finish(self, z):  # z: raw product hidden @ weight.T, [N, V]
+    def finish(self,
+        z,  # tensor [N, V], the raw product hidden @ weight.T
+    ):      # tensor [N, V]
         "Bias, scale and softcap, in at least float32."
         z = z.float() if z.element_size() < 4 else z
         if self.bias is not None: z = z + self.bias.to(z.dtype)
         if self.scale != 1.0: z = z * self.scale
         return z if not self.softcap else (z / self.softcap).tanh() * self.softcap
 
-    def __call__(self, hidden):  # tensor [N, d]
+    def __call__(self,
+        hidden,  # tensor [N, d]
+    ):           # tensor [N, V]
         return self.finish(hidden if self.weight is None else hidden @ self.weight.T)
 
     @property
@@ -85,10 +91,10 @@ class Head:
 # %% ../../nbs/01_core/02_types.ipynb #c022
 @dataclass(frozen=True)
 class Signal:
-    "What one teacher says of one completion: its tokens, where they end, how likely each was."
-    ids: tuple        # [T] the teacher's token ids of the completion; its stop token last, if the student stopped
-    ends: tuple       # [T] byte offset after each, in the completion's bytes
-    logprobs: object  # tensor [T]: log p of each realised token, in nats; NaN where the teacher did not say
+    "What one teacher returns for one completion: its tokens, where they end, how likely each was."
+    ids: tuple[int, ...]  # [T] the teacher's token ids; its stop token last, if the student stopped
+    ends: tuple[int, ...] # [T] byte offset after each, in the completion's bytes
+    logprobs: object      # tensor [T]: token logprobs, in nats; NaN where the teacher gave none
 
 # %% ../../nbs/01_core/02_types.ipynb #c023
 @dataclass(frozen=True)
@@ -100,9 +106,9 @@ class Dense(Signal):
 # %% ../../nbs/01_core/02_types.ipynb #c026
 @dataclass(frozen=True)
 class Sparse(Signal):
-    "A signal with the teacher's likeliest tokens at each position. The rest of the probability has no names."
+    "A signal with the teacher's top-k tokens at each position; only the mass of the tail is known."
     top_ids: object = None       # tensor [T, K] of token ids, -1 where a row has fewer than K
-    top_logprobs: object = None  # tensor [T, K] in nats at temperature 1, not renormalised; anything where top_ids is -1
+    top_logprobs: object = None  # tensor [T, K], nats, not renormalised; ignored where the id is -1
 
     @property
     def scored(self):
@@ -114,11 +120,11 @@ class Sparse(Signal):
 class Written(Signal):
     "A completion that the teacher wrote from some byte on."
     start: int = 0         # offset of the first byte that is the teacher's
-    data: bytes = b''      # the whole completion, what the student wrote before `start` included
+    data: bytes = b''      # the whole completion, the student's part before `start` included
     stopped: bool = False  # the teacher ended it by itself
 
 # %% ../../nbs/01_core/02_types.ipynb #c032
 @dataclass(frozen=True)
 class Judged(Signal):
-    "A completion that the teacher gave a mark."
+    "A completion that the teacher gave a score."
     score: float = 0.  # in [0, 1]; the higher the better

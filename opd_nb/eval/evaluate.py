@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from ..core.errors import BadInput
-from ..core.html import picture, write_report
+from ..core.html import html_image, write_report
 from ..models.lm import LM
 from ..monitor.curves import plot_log  # curves and pages, for whoever looks for them here
 from .stats import difference, mean_interval

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core.html import picture, table, write_page
+from ..core.html import html_image, html_table, write_page
 from .stats import mean_interval
 from .lm_eval import Task
 from .results import Results, how_many
@@ -147,8 +147,8 @@ def page_body(
     figures: list,     # matplotlib figures
 ) -> str:              # HTML
     "The report below its first sentence."
-    wide = lambda rows: f'<div style="overflow-x:auto;white-space:pre-wrap">{table(rows)}</div>' if rows else ''
-    narrow = lambda rows: f'<div style="overflow-x:auto;white-space:nowrap">{table(rows)}</div>'
+    wide = lambda rows: f'<div style="overflow-x:auto;white-space:pre-wrap">{html_table(rows)}</div>' if rows else ''
+    narrow = lambda rows: f'<div style="overflow-x:auto;white-space:nowrap">{html_table(rows)}</div>'
     part = lambda title, inner: f'<h2>{escape(title)}</h2>{inner}' if inner else ''
     cuts = results.table.groupby(['task', 'model']).cut.max() if len(results.table) else pd.Series(dtype=int)
     notes = same_weights(results) + [f'{t} on {m}: {n} questions were longer than the context and lost their beginning.' for (t, m), n in cuts.items() if n]
@@ -156,7 +156,7 @@ def page_body(
     notes += [f'{t}: {n} answers of {m} got no mark; they are left out on both sides of its differences.' for (m, t), n in unmarked.items() if n] + [x for t in results.tasks for x in t.notes]
     body = part('Failed', wide([dict(task=f['task'], model=f['model'] or 'all', why=f['why']) for f in results.failures]))
     body += part('Figures', narrow(summary_rows(results)) if results.records else '') + part('Differences', narrow(difference_rows(results)) + f'<p>{escape(how_many(results, without_steps(results)))}</p>' if results.differences() else '')
-    body += part('Pictures', ''.join(map(picture, figures))) + ''.join(part(f'Side by side: {t.name}', wide(side_by_side(results, t))) for t in results.tasks if any(t is x for _, x in results.pairs()))
+    body += part('Pictures', ''.join(map(html_image, figures))) + ''.join(part(f'Side by side: {t.name}', wide(side_by_side(results, t))) for t in results.tasks if any(t is x for _, x in results.pairs()))
     body += part('How', ''.join(f'<p>{escape(n)}</p>' for n in [METHOD, *notes]))
     settings = asdict(results.options) | results.about | {f'task {t.name}': f"{t.source or 'questions of lm-eval or of a verifier'}; key {t.key}" for t in results.tasks} | {f'model {e.name}': f'{Path(e.spec).name if Path(e.spec).is_absolute() else e.spec}, content {results.keys.get(e.name, "was not loaded")}' + (f", loaded with {e.loading}" if e.loading else "") for e in results.entries}
     return body + part('Settings', wide([dict(setting=k, value=v) for k, v in settings.items()]))

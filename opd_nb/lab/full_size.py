@@ -15,7 +15,7 @@ from ..core.types import Conversation
 from ..core.sources import read_file
 from ..core.config import OPDConfig
 from ..data.formats import save_conversations
-from ..training.checkpoints import must_be
+from ..training.checkpoints import check_unchanged
 from .countdown import draw
 
 # %% ../../nbs/12_lab/08_full_size.ipynb #c006
@@ -118,7 +118,7 @@ def same_settings(
 ):
     "Refuse a folder that was trained with other settings."
     was = read_file(config.output_dir / 'config.yaml')
-    must_be(config, was, [k for k in was if k != 'output_dir'], f'the finished run in {config.output_dir}')
+    check_unchanged(config, was, [k for k in was if k != 'output_dir'], f'the finished run in {config.output_dir}')
 
 # %% ../../nbs/12_lab/08_full_size.ipynb #c016
 def run_full(

@@ -11,7 +11,7 @@ import math
 import torch
 
 # %% ../../nbs/04_losses/01_divergences.ipynb #c006
-FLOOR = math.log(1e-9)  # least teacher log-probability where a loss divides by it
+FLOOR = math.log(1e-9)  # smallest teacher log-probability where a loss divides by it
 
 # %% ../../nbs/04_losses/01_divergences.ipynb #c007
 def kl(
@@ -39,7 +39,7 @@ def jsd(
 # %% ../../nbs/04_losses/01_divergences.ipynb #c011
 def with_rest(
     logp: torch.Tensor,   # [N, E] log-probabilities that sum to at most 1
-    rest: torch.Tensor | None = None,  # [N] log of what is missing, where it is known better than by subtraction
+    rest: torch.Tensor | None = None,  # [N] log of what is missing, if not found by subtraction
 ) -> torch.Tensor:        # [N, E + 1]
     "Add the log of the missing probability as one more event: at least 1e-9 by subtraction, 1e-30 else."
     if rest is None: rest = (-torch.expm1(logp.logsumexp(-1).clamp(max=0))).clamp(min=1e-9).log()

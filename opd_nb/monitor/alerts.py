@@ -9,7 +9,11 @@ __all__ = ['RULES', 'HealthWarning', 'Rule', 'rule', 'Watch', 'low_overlap', 'fa
 
 # %% ../../nbs/08_monitor/03_alerts.ipynb #c003
 import math
+from collections import defaultdict, deque
+from collections.abc import Callable
 from dataclasses import dataclass
+
+from ..core.config import OPDConfig
 
 # %% ../../nbs/08_monitor/03_alerts.ipynb #c006
 @dataclass(frozen=True)
@@ -17,146 +21,199 @@ class HealthWarning:
     "Something that goes wrong in a run."
     name: str      # of the rule, such as 'falling_overlap'
     step: int      # at which it was noticed
-    figure: str    # that shows it
+    metric: str    # that shows it
     start: float   # its mean at the beginning of the run
     now: float     # its mean over the last steps
     meaning: str   # a sentence
     remedy: str    # what to do next
 
-    def __str__(self): return f'{self.name} at step {self.step}: {self.figure} {self.start:.3g} → {self.now:.3g}. {self.meaning} {self.remedy}'
+    def __str__(self):
+        change = f'{self.metric} {self.start:.3g} → {self.now:.3g}'
+        return f'{self.name} at step {self.step}: {change}. {self.meaning} {self.remedy}'
 
 # %% ../../nbs/08_monitor/03_alerts.ipynb #c009
-RULES = {}  # name -> `Rule`
-
 @dataclass(frozen=True)
 class Rule:
     "How one failure is recognised."
-    figures: tuple  # it needs; the first one is shown
-    bad: object     # (figures now, figures at the start) -> bool
-    remedy: str     # may name settings: '{learning_rate:g}'
-    own: bool = False  # it depends on how many answers there are, so that steps and validations cannot be compared
+    metrics: tuple[str, ...]  # that it needs; the first one is shown
+    is_bad: Callable[[dict[str, float], dict[str, float]], bool]  # (now, start)
+    remedy: str               # may name settings: '{learning_rate:g}'
+    same_kind: bool = False   # compare validations with validations only, since batch size matters
+
+RULES: dict[str, Rule] = {}
 
 # %% ../../nbs/08_monitor/03_alerts.ipynb #c010
 def rule(
-    *figures: str,  # that it needs; the first one is shown
-    remedy: str,    # what to do next; settings in braces are filled in
-    own: bool = False, # see `Rule`
+    *metrics: str,           # that it needs; the first one is shown
+    remedy: str,             # what to do next; settings in braces are filled in
+    same_kind: bool = False, # see `Rule`
 ):
     "Decorator that adds a rule under the name of its function; the docstring says what it means."
-    def add(fn):
-        RULES[fn.__name__] = Rule(figures, fn, remedy, own)
-        return fn
+    def add(is_bad):
+        RULES[is_bad.__name__] = Rule(metrics, is_bad, remedy, same_kind)
+        return is_bad
     return add
 
 # %% ../../nbs/08_monitor/03_alerts.ipynb #c013
+def _is_number(value):
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
 class Watch:
-    "Looks at the events of a run as they come and tells what goes wrong."
+    "Takes in the events of a run as they come, and returns warnings."
     def __init__(self,
-        config=None,      # settings of the run, for the remedies; their defaults if not given
-        window: int = 5,  # steps that are averaged
-        quiet: int = 50,  # steps without it after which a warning is worth saying again
+        config: OPDConfig | None = None,  # of the run, for the remedies; defaults if not given
+        window: int = 5,                  # steps that are averaged
+        quiet_steps: int = 50,            # before a warning is given again
     ):
-        if config is None: from opd_nb.core.config import OPDConfig; config = OPDConfig(_env_file=None)
-        self.config, self.quiet, self.windows = config, quiet, dict(step=window, validation=1)
-        self.had, self.said = {}, {}  # (kind of event, figure) -> its first values, its last ones; (kind, rule) -> step
+        self.config = config or OPDConfig(_env_file=None)
+        self.quiet_steps = quiet_steps
+        self.windows = dict(step=window, validation=1)
+        self.first, self.last = {}, {}        # (kind of event, metric) -> first values, last values
+        self.last_seen = defaultdict(dict)    # rule -> {kind of event: step of its last warning}
 
     def see(self,
-        event: dict,  # as in `log.jsonl`
-    ) -> list:        # of `HealthWarning`, those worth showing now
+        event: dict[str, object],  # as in `log.jsonl`
+    ) -> list[HealthWarning]:      # those worth showing now
         "Take one event in."
-        kind, n = event['event'], self.windows.get(event['event'])
-        if n is None: return []
-        for f, x in event.items():
-            if isinstance(x, (int, float)) and math.isfinite(x) and (f == 'skipped' or event.get('on_policy', 1) > 0):
-                first, last = self.had.setdefault((kind, f), ([], []))
-                if len(first) < n: first.append(x)
-                last.append(x); del last[:-n]
-        return [w for name in RULES if (w := self.judge(name, kind, event['step'])) and self.news(kind, w)]
+        kind = event['event']
+        if kind not in self.windows: return []
+        self._remember(kind, event)
+        found = [self.check(name, kind, event['step']) for name in RULES]
+        return [w for w in found if w and self._is_news(kind, w)]
 
-    def judge(self,
+    def _remember(self, kind, event):
+        "Add the metrics of an event to the first and the last values."
+        n = self.windows[kind]
+        own_text = event.get('on_policy', 1) > 0
+        for metric, value in event.items():
+            if not _is_number(value) or not (own_text or metric == 'skipped'): continue
+            first = self.first.setdefault((kind, metric), [])
+            if len(first) < n: first.append(value)
+            self.last.setdefault((kind, metric), deque(maxlen=n)).append(value)
+
+    def check(self,
         name: str,     # of a rule
-        kind: str,     # of the event
+        kind: str,     # of the event: 'step' or 'validation'
         step: int,
     ) -> HealthWarning | None:
-        "What one rule says."
-        r = RULES[name]
-        if any((kind, f) not in self.had for f in r.figures): return None
-        mean = lambda kind, i: {f: sum(xs) / len(xs) for f in r.figures for xs in [self.had[kind, f][i]]}
-        start, now = mean('step' if not r.own and all(('step', f) in self.had for f in r.figures) else kind, 0), mean(kind, 1)
-        f = r.figures[0]
-        return HealthWarning(name, step, f, start[f], now[f], r.bad.__doc__, r.remedy.format_map(self.config.model_dump())) if r.bad(now, start) else None
+        "Apply one rule."
+        rule = RULES[name]
+        if any((kind, m) not in self.last for m in rule.metrics): return None
+        have_steps = all(('step', m) in self.first for m in rule.metrics)
+        start = self._means(self.first, 'step' if have_steps and not rule.same_kind else kind, rule)
+        now = self._means(self.last, kind, rule)
+        if not rule.is_bad(now, start): return None
+        shown = rule.metrics[0]
+        meaning = ' '.join((rule.is_bad.__doc__ or '').split())
+        remedy = rule.remedy.format_map(self.config.model_dump())
+        return HealthWarning(name, step, shown, start[shown], now[shown], meaning, remedy)
 
-    def news(self,
-        kind: str,         # of the event
-        w: HealthWarning,
-    ) -> bool:
-        "Whether it is news."
-        last = max((step for (_, name), step in self.said.items() if name == w.name), default=None)
-        self.said[kind, w.name] = w.step
-        return last is None or w.step - last > self.quiet
+    def _means(self, values, kind, rule):
+        return {m: sum(values[kind, m]) / len(values[kind, m]) for m in rule.metrics}
+
+    def _is_news(self, kind, warning):
+        "Whether the warning was not given in the last `quiet_steps` steps."
+        seen = self.last_seen[warning.name]
+        last = max(seen.values(), default=None)
+        seen[kind] = warning.step
+        return last is None or warning.step - last > self.quiet_steps
 
 # %% ../../nbs/08_monitor/03_alerts.ipynb #c021
-@rule('overlap', remedy='Begin with reference answers (--cold-start-steps 100), or take a student that has seen such text.')
+@rule('overlap',
+      remedy='Begin with reference answers (--cold-start-steps 100), '
+             'or take a student that has seen such text.')
 def low_overlap(now, start):
-    "From the start, hardly any of the student's likely tokens is likely to the teacher, so the teacher has nothing to choose from."
+    """From the start, hardly any of the student's likely tokens is likely to the teacher, so the
+    teacher has nothing to choose from."""
     return start['overlap'] < .15 and now['overlap'] < .15
 
 # %% ../../nbs/08_monitor/03_alerts.ipynb #c024
-@rule('overlap', remedy='Lower --learning-rate (it is {learning_rate:g}) or warm up for longer (--warmup-steps {warmup_steps}); mix reference answers in with --lam 0.5.')
+@rule('overlap',
+      remedy='Lower --learning-rate (it is {learning_rate:g}) or warm up for longer '
+             '(--warmup-steps {warmup_steps}); mix reference answers in with --lam 0.5.')
 def falling_overlap(now, start):
-    "The student moves away from the teacher: ever fewer of its likely tokens are likely to the teacher."
+    """The student moves away from the teacher: ever fewer of its likely tokens are likely to the
+    teacher."""
     return now['overlap'] < .7 * start['overlap']
 
 # %% ../../nbs/08_monitor/03_alerts.ipynb #c025
-@rule('coverage', remedy='Lower --learning-rate (it is {learning_rate:g}); look at samples of the rollouts; with clean text, use a loss that works across unlike cuts (--loss cover; bpm if the teacher only lists tokens).')
+@rule('coverage',
+      remedy='Lower --learning-rate (it is {learning_rate:g}); look at samples of the rollouts; '
+             'with clean text, use a loss that works across unlike cuts '
+             '(--loss cover; bpm if the teacher only lists tokens).')
 def falling_coverage(now, start):
-    "The two tokenizers cut the student's text at ever fewer common places, as they do with broken characters and noise; less of it is compared."
+    """The two tokenizers cut the student's text at ever fewer common places, as they do with
+    broken characters and noise; less of it is compared."""
     return now['coverage'] < .75 * start['coverage']
 
 # %% ../../nbs/08_monitor/03_alerts.ipynb #c026
-@rule('stop_rate', remedy='If the samples are good answers that are cut, raise --max-new-tokens (it is {max_new_tokens}); else lower --learning-rate (it is {learning_rate:g}) or use --lam 0.5, since reference answers end.')
+@rule('stop_rate',
+      remedy='If the samples are good answers that are cut, raise --max-new-tokens '
+             '(it is {max_new_tokens}); else lower --learning-rate (it is {learning_rate:g}) '
+             'or use --lam 0.5, since reference answers end.')
 def falling_stop_rate(now, start):
-    "Far fewer answers end by themselves; a cut answer never shows the teacher its end, so the student cannot learn to stop."
+    """Far fewer answers end by themselves; a cut answer never shows the teacher its end, so the
+    student cannot learn to stop."""
     return now['stop_rate'] < .5 * start['stop_rate']
 
 # %% ../../nbs/08_monitor/03_alerts.ipynb #c029
-@rule('length', remedy='Look at samples. Mix reference answers in (--lam 0.5), or cap the length (--max-new-tokens, it is {max_new_tokens}).')
+@rule('length',
+      remedy='Look at samples. Mix reference answers in (--lam 0.5), or cap the length '
+             '(--max-new-tokens, it is {max_new_tokens}).')
 def length_inflation(now, start):
-    "Answers grow much longer than they were; often they say nothing more, and the teacher finds each further token easy."
+    """Answers grow much longer than they were; often they say nothing more, and the teacher
+    finds each further token easy."""
     return now['length'] > 1.5 * start['length']
 
 # %% ../../nbs/08_monitor/03_alerts.ipynb #c030
-@rule('repetition', remedy='Lower --learning-rate (it is {learning_rate:g}), mix reference answers in (--lam 0.5), or use a loss over distributions (--loss gold or strict, --beta 0).')
+@rule('repetition',
+      remedy='Lower --learning-rate (it is {learning_rate:g}), '
+             'mix reference answers in (--lam 0.5), or use a loss over distributions (--loss gold or strict, --beta 0).')
 def repetition(now, start):
-    "Answers repeat themselves: a loop costs little with any teacher, so a loss on sampled tokens rewards it."
+    """Answers repeat themselves: a loop costs little with any teacher, so a loss on sampled
+    tokens rewards it."""
     return now['repetition'] > max(.2, start['repetition'] + .1)
 
 # %% ../../nbs/08_monitor/03_alerts.ipynb #c031
-@rule('entropy', 'teacher_entropy', remedy='Use forward KL (--beta 0), which punishes a student that rules out what the teacher allows; lower --learning-rate (it is {learning_rate:g}).')
+@rule('entropy', 'teacher_entropy',
+      remedy='Use forward KL (--beta 0), which punishes a student that rules out what the teacher '
+             'allows; lower --learning-rate (it is {learning_rate:g}).')
 def entropy_collapse(now, start):
-    "The student has become far surer than the teacher is; it no longer tries anything else, so nothing else can be corrected."
+    """The student has become far surer than the teacher is; it no longer tries anything else, so
+    nothing else can be corrected."""
     return now['entropy'] < .5 * min(start['entropy'], now['teacher_entropy'])
 
 # %% ../../nbs/08_monitor/03_alerts.ipynb #c032
-@rule('distinct', remedy='Use forward KL (--beta 0) where the teacher is uncertain, --temperature 1 or above (it is {temperature:g}), more prompts in a step (--batch {batch}).', own=True)
+@rule('distinct', same_kind=True,
+      remedy='Use forward KL (--beta 0) where the teacher is uncertain, --temperature 1 or above '
+             '(it is {temperature:g}), more prompts in a step (--batch {batch}).')
 def diversity_loss(now, start):
     "Different prompts get ever more alike answers."
     return now['distinct'] < .6 * start['distinct']
 
 # %% ../../nbs/08_monitor/03_alerts.ipynb #c035
-@rule('teacher_nll', remedy='opd step shows both prompts as rendered, which should ask for the same thing; set --temperature 1 (it is {temperature:g}) and a lower --learning-rate (it is {learning_rate:g}); read the reference answers, if there are any in the mixture.')
+@rule('teacher_nll',
+      remedy='opd step shows both prompts as rendered, which should ask for the same thing; '
+             'set --temperature 1 (it is {temperature:g}) and a lower --learning-rate '
+             '(it is {learning_rate:g}); read the reference answers, if there are any in the mixture.')
 def teacher_nll_rising(now, start):
     "What the student writes costs the teacher ever more: it becomes worse in the teacher's eyes."
     return now['teacher_nll'] > max(1.7 * start['teacher_nll'], start['teacher_nll'] + .5)
 
 # %% ../../nbs/08_monitor/03_alerts.ipynb #c038
-@rule('ratio_max', 'ratio_clipped', remedy='Update the weights of the server more often (--sync-every 1, it is {sync_every}), check that it serves this student, or use a loss that clips (--loss pg or trust).')
+@rule('ratio_max', 'ratio_clipped',
+      remedy='Update the weights of the server more often (--sync-every 1, it is {sync_every}), '
+             'check that it serves this student, or use a loss that clips (--loss pg or trust).')
 def exploding_ratio(now, start):
-    "The text was written by a student that is not this one any more: single tokens pull many times as hard as they should."
+    """The text was written by a student that is not this one any more: single tokens pull many
+    times as hard as they should."""
     return now['ratio_max'] > 10 and now['ratio_clipped'] > .1
 
 # %% ../../nbs/08_monitor/03_alerts.ipynb #c041
-@rule('skipped', remedy='Lower --learning-rate (it is {learning_rate:g}); with --dtype bfloat16 try float32; look at the samples: a batch without a single scored token is skipped too.')
+@rule('skipped',
+      remedy='Lower --learning-rate (it is {learning_rate:g}); with --dtype bfloat16 try float32; '
+             'look at the samples: a batch without a single scored token is skipped too.')
 def skipped_steps(now, start):
-    "The gradient was not a finite number, or nothing could be trained on, so the step was not taken."
+    """The gradient was not a finite number, or nothing could be trained on, so the step was not
+    taken."""
     return now['skipped'] > 0

@@ -6,52 +6,65 @@
 __all__ = ['REWARDS', 'register_reward', 'exact_reward', 'grpo']
 
 # %% ../../nbs/09_training/05_grpo.ipynb #h003
+from collections.abc import Callable
+
 import torch
 
 from ..core.errors import BadInput
 from ..core.registry import Registry
+from ..core.types import Conversation, Rollout
 from ..losses.grpo import group_advantages, grpo_loss
-from .batch import batches, read_as
-from .methods import register_method
+from .batch import micro_batches, read_rollouts
+from .methods import LossSum, MethodLoss, register_method
 
 # %% ../../nbs/09_training/05_grpo.ipynb #c006
 REWARDS = Registry('reward', countdown='opd_nb.lab.plugin:countdown_reward')
 
 def register_reward(
     name: str,   # value of the setting `reward`
-):
+) -> Callable:
     "Decorator that makes a reward available by name."
     return REWARDS.register(name)
 
-# %% ../../nbs/09_training/05_grpo.ipynb #c008
+
 @register_reward('exact')
 def exact_reward(
-    c,            # `Conversation` with a reference
-    text: str,    # the answer
-) -> float:       # 1 or 0
-    "Whether the answer is the reference, blanks at the ends aside."
-    if not c.has_reference: raise BadInput('reward', 'exact', 'compares with reference answers, but a record has none', 'Use data with answers, or a verifier of your own (register_reward).')
+    c: Conversation,  # with a reference
+    text: str,        # of the completion
+) -> float:           # 1 or 0
+    "Whether the completion is the reference, apart from whitespace at both ends."
+    if not c.has_reference:
+        raise BadInput('reward', 'exact', 'compares with reference answers, but a record has none',
+                       'Use data with answers, or a verifier of your own (register_reward).')
     return float(text.strip() == c.reference.strip())
 
 # %% ../../nbs/09_training/05_grpo.ipynb #c021
 @register_method('grpo')
 def grpo(
-    run,                   # see `training.Run`
-    rollouts: list,        # of `Rollout`, the student's own
-    backward: bool = True, # add the gradients
-    kind: str = 'dapo',    # see `averaging`
-) -> tuple:                # loss, weight, units trained, figures
-    "The student is paid for its answers by a verifier. No teacher is asked."
-    c, total, weight, trained = run.config, 0., 0., 0
+    run,                      # a `Run`, see `setup`
+    rollouts: list[Rollout],  # the student's own
+    backward: bool = True,    # add the gradients
+    kind: str = 'dapo',       # see `averaging`
+) -> MethodLoss:
+    "Policy gradient with a verifier's rewards. No teacher is needed."
+    c = run.config
     reward = REWARDS[c.reward]
-    if backward and c.num_generations < 2: raise BadInput('num_generations', c.num_generations, 'must be at least 2 for grpo: an answer is judged by its siblings', 'Use --num-generations 8.')
-    if not rollouts: return 0., 0., 0, []  # this process has none
+    if backward and c.num_generations < 2:
+        raise BadInput('num_generations', c.num_generations,
+                       'must be at least 2 for grpo: an answer is judged by its siblings',
+                       'Use --num-generations 8.')
+    if not rollouts: return MethodLoss(0., 0., 0, [])  # this process has none
     rewards = [reward(r.conversation, r.text) for r in rollouts]
-    earned = dict(zip(map(id, rollouts), group_advantages(rewards, [r.conversation.key for r in rollouts])))
-    for rows in batches(rollouts, run.micro_batch):
-        advantage = torch.stack([earned[id(r)] for r in rows])
-        out = grpo_loss(read_as(run.student, rows, run.compute), [r.ends for r in rows], advantage, kind, longest=c.max_new_tokens)
+    advantages = group_advantages(rewards, [r.conversation.key for r in rollouts])
+    advantage_of = {id(r): a for r, a in zip(rollouts, advantages)}
+    losses = LossSum()
+    for rows in micro_batches(rollouts, run.micro_batch):
+        side = read_rollouts(run.student, rows, run.compute_dtype)
+        advantage = torch.stack([advantage_of[id(r)] for r in rows])
+        out = grpo_loss(side, [r.ends for r in rows], advantage, kind, longest=c.max_new_tokens)
         if backward: out.total.backward()
-        total, weight, trained = total + out.total.item(), weight + out.weight, trained + len(out)
-    silent = sum(a == 0 for a in earned.values()).item() / len(earned)
-    return total / weight if weight else 0., weight, trained, [(len(rewards), dict(reward=sum(rewards) / len(rewards), silent=silent))]
+        losses.add(out)
+    silent = sum(a == 0 for a in advantages).item() / len(advantages)  # share without a gradient
+    metrics = dict(reward=sum(rewards) / len(rewards), silent=silent)
+    losses.metrics.append((len(rewards), metrics))
+    return losses.result

@@ -1,21 +1,29 @@
-"Bytes, alignment, vocabulary and projections on eight real tokenizers. Skips, and says so, where they are not at hand."
-import functools, itertools, json, os, random, subprocess, sys
+"Bytes, alignment, vocabulary and prefix maps on eight real tokenizers. Skips, with a message, where they are not at hand."
+import functools
+import itertools
+import json
+import os
+import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, Phase, given, seed, settings, strategies as st
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from conftest import ROOT, real
-from opd_nb.alignment.tokens import TokenBytes, repair
+from opd_nb.alignment.tokens import TokenBytes, repair_utf8
 from opd_nb.alignment.chunks import align
 from opd_nb.alignment.vocab import VocabMap, similarity
-from opd_nb.alignment.prefix_maps import prefixes, sub_tokens
+from opd_nb.alignment.prefix_maps import prefix_map, sub_tokens
 
 EXACT = ['qwen2', 'llama3', 'llama2', 'mistral_v3', 'gpt2', 'phi2']
 LOSSY = ['t5_small', 'bert_uncased']
 SPACED = ('llama2', 'mistral_v3')  # `▁` in a text is their space
-AWKWARD = ['', ' ', '  ', 'The', ' The', '\n', '\n7*3=21', '7', ' 7', '😀 ok', 'é ', 'naïve café', '日本', '\u0301x', '\u200d', 'a\r\n\tb', '▁', '<unk>', '</s>', '[SEP]', '<|im_end|>']
+AWKWARD = ['', ' ', '  ', 'The', ' The', '\n', '\n7*3=21', '7', ' 7', '😀 ok', 'é ', 'naïve café', '日本',
+           '\u0301x', '\u200d', 'a\r\n\tb', '▁', '<unk>', '</s>', '[SEP]', '<|im_end|>']
 
 
 @functools.cache
@@ -24,14 +32,16 @@ def table(name):
     if name == 'bert_uncased':
         from transformers import BertTokenizerFast
         tok = BertTokenizerFast(vocab=str(folder / 'vocab.txt'))
-    else: tok = Tokenizer.from_file(str(folder / 'tokenizer.json'))
+    else:
+        tok = Tokenizer.from_file(str(folder / 'tokenizer.json'))
     return TokenBytes.from_tokenizer(tok)
 
 
 @functools.cache
 def real_texts():
     "Every text of real/text, line by line; lines that are no UTF-8 with U+FFFD."
-    lines = [l for f in ('blns.json', 'emoji17_strings.txt', 'utf8tests.txt', 'utf8tests.bin') for l in real('text', f).read_bytes().decode(errors='replace').splitlines()]
+    files = ('blns.json', 'emoji17_strings.txt', 'utf8tests.txt', 'utf8tests.bin')
+    lines = [line for f in files for line in real('text', f).read_bytes().decode(errors='replace').splitlines()]
     return lines + json.loads(real('text', 'blns.json').read_text(encoding='utf-8'))
 
 
@@ -45,11 +55,13 @@ def unchanged(name, text):
 def check_texts(name, texts):
     "Joined bytes are the text and the decoded text; ends cover it. Returns how many texts were exact."
     tb, exact = table(name), 0
-    cut = tb.encode_batch(texts)
-    decoded = tb.backend.decode_batch([ids for ids, _ in cut], skip_special_tokens=False)
-    for x, (ids, ends), d in zip(texts, cut, decoded):
+    encoded = tb.encode_batch(texts)
+    decoded = tb.backend.decode_batch([ids for ids, _ in encoded], skip_special_tokens=False)
+    for x, (ids, ends), d in zip(texts, encoded, decoded):
         data = x.encode()
-        if not len(ids): assert name in LOSSY or not data, (x, 'only a lossy tokenizer may swallow a whole text'); continue
+        if not len(ids):
+            assert name in LOSSY or not data, (x, 'only a lossy tokenizer may swallow a whole text')
+            continue
         assert ends[-1] == len(data) and ends[0] >= 0 and (np.diff(ends) >= 0).all(), x
         if name in EXACT and unchanged(name, x):
             assert tb.bytes_of(ids) == data and d == x, (x, 'bytes and decoded text are the text')
@@ -67,16 +79,21 @@ def test_every_real_text(name):
 @functools.cache
 def drawn(n=100_000):
     "`n` distinct strings that hypothesis makes: pairs of fragments, of characters of every plane and of what tokenizers trip over."
-    awkward = st.sampled_from(['▁', ' ', '  ', '\n', '\t', '\u200d', '\ufe0f', '\u0301', 'é', '😀', '<0x0A>', '</s>', '<|im_end|>', 'Ġ', '##', '�', 'the', '7*3'])
-    fragments = st.lists(st.one_of(st.text(max_size=8), st.lists(awkward, max_size=5).map(''.join)), min_size=20, max_size=40)
+    awkward = st.sampled_from([
+        '▁', ' ', '  ', '\n', '\t', '\u200d', '\ufe0f', '\u0301', 'é', '😀', '<0x0A>', '</s>', '<|im_end|>',
+        'Ġ', '##', '�', 'the', '7*3'])
+    fragment = st.one_of(st.text(max_size=8), st.lists(awkward, max_size=5).map(''.join))
+    fragments = st.lists(fragment, min_size=20, max_size=40)
     out = {}
 
     @seed(0)
-    @settings(max_examples=1600, database=None, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+    @settings(max_examples=1600, database=None, deadline=None, phases=[Phase.generate],
+              suppress_health_check=list(HealthCheck))
     @given(fragments)
     def collect(some):
         rng = random.Random(len(out))
-        out.update(dict.fromkeys([*some, *(a + b for a in some for b in rng.sample(some, min(len(some), 10)))]))
+        pairs = [a + b for a in some for b in rng.sample(some, min(len(some), 10))]
+        out.update(dict.fromkeys([*some, *pairs]))
     collect()
     return list(out)[:n]
 
@@ -100,10 +117,10 @@ def test_random_ids_decode_to_their_bytes(name):
     for ids, decoded in zip(rows, tb.backend.decode_batch(rows)):
         data = tb.bytes_of(ids)
         assert tb.ends(ids)[-1] == len(data)
-        text, origin = repair(data)
+        text, origin = repair_utf8(data)
         assert text == data.decode(errors='replace') and origin[-1] == len(data)
         if tb.family == 'byte_level': assert text == decoded
-        elif '�' not in decoded: assert data.decode() == decoded  # its decoder drops a whole run of bytes if one of them is wrong
+        elif '�' not in decoded: assert data.decode() == decoded  # it drops a run of bytes if one is wrong
         broken += '�' in decoded
     assert broken > 500
 
@@ -130,7 +147,8 @@ def test_llama_tokenizer_keeps_a_leading_space():
     "transformers' LlamaTokenizer gives ' Hello' and 'Hello' the same ids; a completion keeps its space."
     from transformers import LlamaTokenizer
     model = json.loads(real('tokenizers', 'llama2', 'tokenizer.json').read_text(encoding='utf-8'))['model']
-    tok = LlamaTokenizer(vocab=model['vocab'], merges=[tuple(m.split(' ')) if isinstance(m, str) else tuple(m) for m in model['merges']])
+    merges = [tuple(m.split(' ')) if isinstance(m, str) else tuple(m) for m in model['merges']]
+    tok = LlamaTokenizer(vocab=model['vocab'], merges=merges)
     assert tok.tokenize(' Hello') == tok.tokenize('Hello')
     tb = TokenBytes.from_tokenizer(tok)
     for x in AWKWARD:
@@ -153,15 +171,17 @@ def test_tokenizers_of_the_little_models(model, fallback):
 def test_t5_marks_every_word():
     tb = table('t5_small')
     own = Tokenizer.from_file(str(real('tokenizers', 't5_small', 'tokenizer.json')))
-    for x in ('the cat sat', ' the  cat\nsat'): assert tb.encode(x)[0] == own.encode(x, add_special_tokens=False).ids
+    for x in ('the cat sat', ' the  cat\nsat'):
+        assert tb.encode(x)[0] == own.encode(x, add_special_tokens=False).ids
     assert tb.encode('the cat')[1].tolist() == [3, 7]
 
 
 def test_lossy_says_what_is_lost():
-    assert table('bert_uncased').encode(' The  café')[1].tolist() == [4, 11]  # case, accent and spaces are gone, ends are not
-    assert table('bert_uncased').encode(' ')[0] == []                          # nothing is left of a blank
-    ids, ends = table('bert_uncased').encode('a 😀 b')
-    assert table('bert_uncased').is_special[ids].tolist() == [False, True, False] and ends.tolist() == [1, 6, 8]
+    bert = table('bert_uncased')
+    assert bert.encode(' The  café')[1].tolist() == [4, 11]  # case, accent and spaces are gone, ends are not
+    assert bert.encode(' ')[0] == []                         # nothing is left of whitespace
+    ids, ends = bert.encode('a 😀 b')
+    assert bert.is_special[ids].tolist() == [False, True, False] and ends.tolist() == [1, 6, 8]
 
 
 @pytest.mark.parametrize('a, b', list(itertools.permutations(EXACT + LOSSY, 2)))
@@ -176,32 +196,39 @@ def test_alignment_of_every_pair(a, b):
         s_ids, t_ids = [[i for r in rows for i in r[k][0]] for k in (1, 2)]
         for c in range(len(al)):
             x = rows[al.row[c]][0]
-            if unchanged(a, x) and unchanged(b, x): assert sa.bytes_of(s_ids[al.student_start[c]:][:al.student_len[c]]) == ta.bytes_of(t_ids[al.teacher_start[c]:][:al.teacher_len[c]]), x
+            if not (unchanged(a, x) and unchanged(b, x)): continue
+            mine = s_ids[al.student_start[c]:][:al.student_len[c]]
+            other = t_ids[al.teacher_start[c]:][:al.teacher_len[c]]
+            assert sa.bytes_of(mine) == ta.bytes_of(other), x
 
 
 def test_invalid_bytes_reach_the_teacher_repaired():
     for line in real('text', 'utf8tests.bin').read_bytes().splitlines():
-        text, origin = repair(line)
+        text, origin = repair_utf8(line)
         assert text == line.decode(errors='replace') and origin[-1] == len(line)
         ids, ends = table('llama2').encode(text)
         assert not len(ends) or origin[ends[-1]] == len(line)
 
 
+HALVES = st.sampled_from(['😀'.encode(), '�'.encode(), b'\xed\xa0\x80', b'\xf0\x9f', b'a'])
+
+
 @settings(max_examples=2000, deadline=None)
-@given(st.lists(st.one_of(st.binary(max_size=3), st.sampled_from(['😀'.encode(), '�'.encode(), b'\xed\xa0\x80', b'\xf0\x9f', b'a'])), max_size=8).map(b''.join))
+@given(st.lists(st.one_of(st.binary(max_size=3), HALVES), max_size=8).map(b''.join))
 def test_repair_of_any_bytes(data):
-    text, origin = repair(data)
+    text, origin = repair_utf8(data)
     assert text == data.decode(errors='replace') and len(origin) == len(text.encode()) + 1
     assert origin[0] == 0 and origin[-1] == len(data) and (np.diff(origin) >= 0).all()
     pos = 0
     for good in data.decode('utf-8', 'surrogateescape'):
-        raw = good.encode('utf-8', 'surrogateescape'); pos += len(raw)
+        pos += len(good.encode('utf-8', 'surrogateescape'))
         if not '\udc80' <= good <= '\udcff': assert pos in origin, 'a valid character keeps its end'
 
 
-@pytest.mark.parametrize('student, teacher, by_string, by_bytes', [('qwen2', 'llama2', .300, .826), ('qwen2', 'mistral_v3', .322, .896), ('qwen2', 'llama3', .854, .854)])
+@pytest.mark.parametrize('student, teacher, by_string, by_bytes', [
+    ('qwen2', 'llama2', .300, .826), ('qwen2', 'mistral_v3', .322, .896), ('qwen2', 'llama3', .854, .854)])
 def test_matching_by_bytes(student, teacher, by_string, by_bytes):
-    "Share of all ids of the smaller vocabulary, the teacher's here, that the other has too: the figures of the design."
+    "Share of all ids of the smaller vocabulary, the teacher's here, that the other has too: the numbers of the design."
     s, t = table(student), table(teacher)
     strings = {p for p in s.pieces if p} & {p for p in t.pieces if p}
     assert len(strings) / len(t) == pytest.approx(by_string, abs=.001)
@@ -209,7 +236,8 @@ def test_matching_by_bytes(student, teacher, by_string, by_bytes):
 
 
 def test_similarity_of_a_real_pair():
-    problems = [json.loads(l) for l in real('benchmarks', 'gsm8k_test.jsonl').read_text(encoding='utf-8').splitlines()[:50]]
+    lines = real('benchmarks', 'gsm8k_test.jsonl').read_text(encoding='utf-8').splitlines()[:50]
+    problems = [json.loads(line) for line in lines]
     f = similarity(table('qwen2'), table('llama2'), [p['question'] for p in problems])
     assert f['teacher_matched'] > 2.5 * f['teacher_matched_by_string']
     assert .8 < f['one_to_one'] < f['shared_ends'] <= 1 and f['length_kl'] > 0
@@ -220,7 +248,7 @@ def test_projections_of_real_pairs(student, teacher, tmp_path, monkeypatch):
     "A sample of φ and W by their definitions; W's rows sum to one."
     monkeypatch.setenv('OPD_CACHE', str(tmp_path))
     v, rng = VocabMap.build(table(student), table(teacher)), random.Random(0)
-    p, w = prefixes(v), sub_tokens(v)
+    p, w = prefix_map(v), sub_tokens(v)
     have = set(p.student.keys)
     for e in rng.sample(range(len(p.teacher)), 2000):
         b = p.teacher.keys[e]
@@ -231,8 +259,9 @@ def test_projections_of_real_pairs(student, teacher, tmp_path, monkeypatch):
     assert np.allclose(sums[sums > 0], 1, atol=1e-5)
     for e in rng.sample(range(len(w.student)), 2000):
         cols = w.cols[slice(*np.searchsorted(w.rows, [e, e + 1]))]
-        if w.teacher.index(w.student.keys[e]) >= 0: assert [w.teacher.keys[c] for c in cols] == [w.student.keys[e]]
-        elif table(teacher).family != 'lossy' and len(cols) and not 0xef in w.student.keys[e]: assert all(w.teacher.keys[c] in w.student.keys[e] for c in cols)
+        key, parts = w.student.keys[e], [w.teacher.keys[c] for c in cols]
+        if w.teacher.index(key) >= 0: assert parts == [key]
+        elif table(teacher).family != 'lossy' and 0xef not in key: assert all(part in key for part in parts)
     again = sub_tokens(v)
     assert (again.cols == w.cols).all() and len(list(tmp_path.glob('*.npz'))) == 2
 
@@ -240,12 +269,20 @@ def test_projections_of_real_pairs(student, teacher, tmp_path, monkeypatch):
 def test_two_processes_project_a_real_pair(tmp_path):
     "Both ask at once; both get the same arrays, and one file of each kind is left."
     a, b = (str(real('tokenizers', n, 'tokenizer.json')) for n in ('gpt2', 'llama2'))
-    code = ('import sys, hashlib; from tokenizers import Tokenizer; from opd_nb.alignment.tokens import TokenBytes; from opd_nb.alignment.vocab import VocabMap\n'
-            'from opd_nb.projections import prefixes, sub_tokens\n'
-            'v = VocabMap.build(*(TokenBytes.from_tokenizer(Tokenizer.from_file(f)) for f in sys.argv[1:]))\n'
-            'p, w = prefixes(v), sub_tokens(v); print(hashlib.sha256(p.phi.tobytes() + w.weights.tobytes() + w.cols.tobytes()).hexdigest())')
+    code = '\n'.join([
+        'import hashlib, sys',
+        'from tokenizers import Tokenizer',
+        'from opd_nb.alignment.prefix_maps import prefix_map, sub_tokens',
+        'from opd_nb.alignment.tokens import TokenBytes',
+        'from opd_nb.alignment.vocab import VocabMap',
+        'v = VocabMap.build(*(TokenBytes.from_tokenizer(Tokenizer.from_file(f)) for f in sys.argv[1:]))',
+        'p, w = prefix_map(v), sub_tokens(v)',
+        'data = p.phi.tobytes() + w.weights.tobytes() + w.cols.tobytes()',
+        'print(hashlib.sha256(data).hexdigest())'])
     env = os.environ | {'OPD_CACHE': str(tmp_path), 'PYTHONPATH': str(ROOT)}
-    both = [subprocess.Popen([sys.executable, '-c', code, a, b], env=env, stdout=subprocess.PIPE, text=True) for _ in 'ab']
+    command = [sys.executable, '-c', code, a, b]
+    both = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) for _ in 'ab']
     said = [p.communicate(timeout=300)[0].strip() for p in both]
     assert said[0] == said[1] and len(said[0]) == 64
-    assert sorted(p.name.split('-')[0] for p in tmp_path.glob('*.npz')) == ['prefixes', 'sub_tokens'] and not list(tmp_path.glob('*.part'))
+    assert sorted(p.name.split('-')[0] for p in tmp_path.glob('*.npz')) == ['prefixes', 'sub_tokens']
+    assert not list(tmp_path.glob('*.part'))

@@ -9,26 +9,56 @@ from opd_nb.core.config import OPDConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 KEYS = [  # key, a value, the setting it means, what that becomes, the default
-    ('STUDENT_MODEL_ID', 'a/b', 'student', 'a/b', 'Qwen/Qwen2.5-0.5B-Instruct'), ('STUDENT_MODEL_PATH', './s', 'student', './s', 'Qwen/Qwen2.5-0.5B-Instruct'),
-    ('TEACHER_MODE', 'prefix_walk', 'teacher_mode', 'prefix_walk', 'auto'), ('TEACHER_MODEL_ID', 'c/d', 'teacher', 'c/d', 'Qwen/Qwen2.5-7B-Instruct'),
+    ('STUDENT_MODEL_ID', 'a/b', 'student', 'a/b', 'Qwen/Qwen2.5-0.5B-Instruct'),
+    ('STUDENT_MODEL_PATH', './s', 'student', './s', 'Qwen/Qwen2.5-0.5B-Instruct'),
+    ('TEACHER_MODE', 'prefix_walk', 'teacher_mode', 'prefix_walk', 'auto'),
+    ('TEACHER_MODEL_ID', 'c/d', 'teacher', 'c/d', 'Qwen/Qwen2.5-7B-Instruct'),
     ('TEACHER_DTYPE', 'bf16', 'teacher_dtype', 'bfloat16', 'auto'),  # auto is bfloat16 on a GPU
-    ('TEACHER_FLASH_ATTENTION', '1', 'teacher_attention', 'flash_attention_2', 'auto'), ('TEACHER_FLASH_ATTENTION', 'false', 'teacher_attention', 'auto', 'auto'),
-    ('TEACHER_PREFERRED_QUANT', 'Q8_0', 'teacher_preferred_quant', 'Q8_0', 'Q4_K_M'), ('TEACHER_N_GPU_LAYERS', '12', 'teacher_n_gpu_layers', 12, -1),
-    ('TEACHER_N_CTX', '4096', 'teacher_n_ctx', 4096, 2048), ('TEACHER_N_THREADS', '3', 'teacher_n_threads', 3, None),
-    ('TEACHER_TOKENIZER', 'e/f', 'teacher_tokenizer', 'e/f', None), ('TEACHER_TOP_K', '20', 'teacher_top_k', 20, 50),
-    ('DATA_PATH', 'x.jsonl', 'data', 'x.jsonl', None), ('NUM_SAMPLES', '50', 'num_samples', 50, None), ('NUM_SAMPLES', 'all', 'num_samples', None, None),
-    ('VAL_FRACTION', '.2', 'val_fraction', .2, .1), ('VAL_MAX_SAMPLES', '30', 'val_max_samples', 30, 200),
-    ('OUTPUT_DIR', 'out', 'output_dir', Path('out'), Path('runs/opd')), ('MAX_STEPS', '7', 'max_steps', 7, 300), ('SAVE_EVERY', '9', 'save_every', 9, 100),
-    ('LEARNING_RATE', '1e-4', 'learning_rate', 1e-4, 5e-5), ('KD_GRAD_CLIP', '.5', 'grad_clip', .5, 1.), ('MAX_NEW_TOKENS', '64', 'max_new_tokens', 64, 128),
-    ('KD_MAX_NEW_TOKENS', '65', 'max_new_tokens', 65, 128), ('NUM_GENERATIONS', '4', 'num_generations', 4, 1), ('LAMBDA', '.5', 'lam', .5, 1.),
-    ('LAMBDA_KD', '.7', 'lambda_kd', .7, 1.), ('LAMBDA_SFT', '.3', 'lambda_sft', .3, 0.), ('BETA', '.5', 'beta', .5, 0.), ('KD_MIN_TEACHER_LOGP', '-20', 'min_teacher_logp', -20., -30.),
-    ('KD_MAX_GROUPS', '100', 'max_groups', 100, 0), ('KD_LORA', '1', 'lora', True, False), ('KD_LORA', '0', 'lora', False, False), ('KD_LORA_R', '8', 'lora_r', 8, 16),
-    ('KD_LORA_ALPHA', '64', 'lora_alpha', 64, 32), ('KD_LORA_DROPOUT', '0', 'lora_dropout', 0., .05), ('KD_LORA_TARGET', 'q_proj', 'lora_target', 'q_proj', 'q_proj,k_proj,v_proj,o_proj'),
-    ('EVAL_EVERY', '25', 'eval_every', 25, 50), ('PATIENCE', '5', 'patience', 5, 3), ('PATIENCE', '0', 'patience', 0, 3),
-    ('MONITOR_METRIC', 'val_top1_agreement', 'monitor', 'top1_agreement', 'top1_agreement'), ('MONITOR_METRIC', 'val_overlap', 'monitor', 'overlap', 'top1_agreement'),
-    ('MONITOR_MODE', 'min', 'monitor_mode', 'min', 'max'), ('BASE_MODEL_ID', 'g/h', 'base_model', 'g/h', None), ('SFT_MODEL_PATH', './sft', 'sft_model', './sft', None),
-    ('KD_MODEL_PATH', './kd', 'kd_model', './kd', None), ('EVAL_TASKS', 'gsm8k', 'eval_tasks', 'gsm8k', 'arc_easy,arc_challenge,hellaswag,truthfulqa,ifeval'),
-    ('EVAL_MAX_SAMPLES', '11', 'eval_max_samples', 11, 200), ('EVAL_OUTPUT_DIR', 'r', 'eval_output_dir', Path('r'), Path('reports'))]
+    ('TEACHER_FLASH_ATTENTION', '1', 'teacher_attention', 'flash_attention_2', 'auto'),
+    ('TEACHER_FLASH_ATTENTION', 'false', 'teacher_attention', 'auto', 'auto'),
+    ('TEACHER_PREFERRED_QUANT', 'Q8_0', 'teacher_preferred_quant', 'Q8_0', 'Q4_K_M'),
+    ('TEACHER_N_GPU_LAYERS', '12', 'teacher_n_gpu_layers', 12, -1),
+    ('TEACHER_N_CTX', '4096', 'teacher_n_ctx', 4096, 2048),
+    ('TEACHER_N_THREADS', '3', 'teacher_n_threads', 3, None),
+    ('TEACHER_TOKENIZER', 'e/f', 'teacher_tokenizer', 'e/f', None),
+    ('TEACHER_TOP_K', '20', 'teacher_top_k', 20, 50),
+    ('DATA_PATH', 'x.jsonl', 'data', 'x.jsonl', None),
+    ('NUM_SAMPLES', '50', 'num_samples', 50, None),
+    ('NUM_SAMPLES', 'all', 'num_samples', None, None),
+    ('VAL_FRACTION', '.2', 'val_fraction', .2, .1),
+    ('VAL_MAX_SAMPLES', '30', 'val_max_samples', 30, 200),
+    ('OUTPUT_DIR', 'out', 'output_dir', Path('out'), Path('runs/opd')),
+    ('MAX_STEPS', '7', 'max_steps', 7, 300),
+    ('SAVE_EVERY', '9', 'save_every', 9, 100),
+    ('LEARNING_RATE', '1e-4', 'learning_rate', 1e-4, 5e-5),
+    ('KD_GRAD_CLIP', '.5', 'grad_clip', .5, 1.),
+    ('MAX_NEW_TOKENS', '64', 'max_new_tokens', 64, 128),
+    ('KD_MAX_NEW_TOKENS', '65', 'max_new_tokens', 65, 128),
+    ('NUM_GENERATIONS', '4', 'num_generations', 4, 1),
+    ('LAMBDA', '.5', 'lam', .5, 1.),
+    ('LAMBDA_KD', '.7', 'lambda_kd', .7, 1.),
+    ('LAMBDA_SFT', '.3', 'lambda_sft', .3, 0.),
+    ('BETA', '.5', 'beta', .5, 0.),
+    ('KD_MIN_TEACHER_LOGP', '-20', 'min_teacher_logp', -20., -30.),
+    ('KD_MAX_GROUPS', '100', 'max_groups', 100, 0),
+    ('KD_LORA', '1', 'lora', True, False),
+    ('KD_LORA', '0', 'lora', False, False),
+    ('KD_LORA_R', '8', 'lora_r', 8, 16),
+    ('KD_LORA_ALPHA', '64', 'lora_alpha', 64, 32),
+    ('KD_LORA_DROPOUT', '0', 'lora_dropout', 0., .05),
+    ('KD_LORA_TARGET', 'q_proj', 'lora_target', 'q_proj', 'q_proj,k_proj,v_proj,o_proj'),
+    ('EVAL_EVERY', '25', 'eval_every', 25, 50),
+    ('PATIENCE', '5', 'patience', 5, 3),
+    ('PATIENCE', '0', 'patience', 0, 3),
+    ('MONITOR_METRIC', 'val_top1_agreement', 'monitor', 'top1_agreement', 'top1_agreement'),
+    ('MONITOR_METRIC', 'val_overlap', 'monitor', 'overlap', 'top1_agreement'),
+    ('MONITOR_MODE', 'min', 'monitor_mode', 'min', 'max'),
+    ('BASE_MODEL_ID', 'g/h', 'base_model', 'g/h', None),
+    ('SFT_MODEL_PATH', './sft', 'sft_model', './sft', None),
+    ('KD_MODEL_PATH', './kd', 'kd_model', './kd', None),
+    ('EVAL_TASKS', 'gsm8k', 'eval_tasks', 'gsm8k', 'arc_easy,arc_challenge,hellaswag,truthfulqa,ifeval'),
+    ('EVAL_MAX_SAMPLES', '11', 'eval_max_samples', 11, 200),
+    ('EVAL_OUTPUT_DIR', 'r', 'eval_output_dir', Path('r'), Path('reports'))]
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +83,11 @@ def test_key(tmp_path, monkeypatch, key, text, setting, value, default):
     assert getattr(OPDConfig(_env_file=None), setting) == value
 
 
-@pytest.mark.parametrize('key, setting', [('OPENROUTER_API_KEY', 'openrouter_api_key'), ('TEACHER_API_KEY', 'teacher_api_key'), ('HF_TOKEN', 'hf_token'), ('HUGGINGFACE_HUB_TOKEN', 'hf_token')])
+@pytest.mark.parametrize('key, setting', [
+    ('OPENROUTER_API_KEY', 'openrouter_api_key'),
+    ('TEACHER_API_KEY', 'teacher_api_key'),
+    ('HF_TOKEN', 'hf_token'),
+    ('HUGGINGFACE_HUB_TOKEN', 'hf_token')])
 def test_secrets_are_masked(tmp_path, key, setting):
     c = from_env(tmp_path, f'{key}=planted-secret-1')
     assert getattr(c, setting).get_secret_value() == 'planted-secret-1'
@@ -67,17 +101,23 @@ def test_keys_of_others_are_let_through(tmp_path, key, monkeypatch, capsys):
     import os
     from opd_nb.cli.app import main
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv(key, ''); monkeypatch.delenv(key)
+    monkeypatch.setenv(key, '')
+    monkeypatch.delenv(key)
     c = from_env(tmp_path, f'{key}=planted-secret-2')
     assert main(['notebooks', '--help']) == 0 and os.environ[key] == 'planted-secret-2'
     assert 'planted' not in repr(c) + ''.join(capsys.readouterr())
 
 
 @pytest.mark.parametrize('lines, teacher', [
-    (['TEACHER_BACKEND=openrouter'], 'openrouter:qwen/qwen-2.5-7b-instruct'), (['TEACHER_BACKEND=openrouter', 'OPENROUTER_MODEL=x/y'], 'openrouter:x/y'),
-    (['TEACHER_BACKEND=hf'], 'hf:Qwen/Qwen2.5-7B-Instruct'), (['TEACHER_BACKEND=hf', 'TEACHER_MODEL_ID=x/y'], 'hf:x/y'), (['TEACHER_BACKEND=tiny'], 'tiny:'),
-    (['TEACHER_BACKEND=gguf', 'TEACHER_GGUF=x/y-GGUF'], 'gguf:x/y-GGUF'), (['TEACHER_BACKEND=gguf', 'TEACHER_GGUF=x/y-GGUF', 'TEACHER_GGUF_PATH=./z.gguf'], 'gguf:./z.gguf'),
-    (['TEACHER_BACKEND=api', 'TEACHER_API_URL=http://h/v1', 'TEACHER_API_MODEL=m'], 'api:http://h/v1#m'), (['TEACHER_BACKEND=api', 'TEACHER_API_URL=http://h/v1'], 'api:http://h/v1'),
+    (['TEACHER_BACKEND=openrouter'], 'openrouter:qwen/qwen-2.5-7b-instruct'),
+    (['TEACHER_BACKEND=openrouter', 'OPENROUTER_MODEL=x/y'], 'openrouter:x/y'),
+    (['TEACHER_BACKEND=hf'], 'hf:Qwen/Qwen2.5-7B-Instruct'),
+    (['TEACHER_BACKEND=hf', 'TEACHER_MODEL_ID=x/y'], 'hf:x/y'),
+    (['TEACHER_BACKEND=tiny'], 'tiny:'),
+    (['TEACHER_BACKEND=gguf', 'TEACHER_GGUF=x/y-GGUF'], 'gguf:x/y-GGUF'),
+    (['TEACHER_BACKEND=gguf', 'TEACHER_GGUF=x/y-GGUF', 'TEACHER_GGUF_PATH=./z.gguf'], 'gguf:./z.gguf'),
+    (['TEACHER_BACKEND=api', 'TEACHER_API_URL=http://h/v1', 'TEACHER_API_MODEL=m'], 'api:http://h/v1#m'),
+    (['TEACHER_BACKEND=api', 'TEACHER_API_URL=http://h/v1'], 'api:http://h/v1'),
     (['TEACHER_GGUF_PATH=./z.gguf', 'OPENROUTER_MODEL=x/y'], 'Qwen/Qwen2.5-7B-Instruct')])
 def test_teacher_of_a_backend(tmp_path, lines, teacher): assert from_env(tmp_path, *lines).teacher == teacher
 
@@ -93,7 +133,8 @@ def test_a_path_wins_over_an_id(tmp_path):
 
 
 def test_every_key_of_the_example_is_understood(tmp_path):
-    lines = [line[2:] for line in (ROOT / '.env.example').read_text().splitlines() if line.startswith('# ') and line[2:].split('=')[0].isupper() and '=' in line]
+    lines = [line[2:] for line in (ROOT / '.env.example').read_text().splitlines()
+             if line.startswith('# ') and line[2:].split('=')[0].isupper() and '=' in line]
     assert len(lines) > 90
     assert from_env(tmp_path, *[x for x in lines if not x.startswith('TEACHER_BACKEND')]) == OPDConfig(_env_file=None)
 
@@ -101,7 +142,8 @@ def test_every_key_of_the_example_is_understood(tmp_path):
 @pytest.mark.parametrize('name', sorted(p.stem for p in (ROOT / 'opd_nb' / 'presets').glob('*.yaml')))
 def test_preset(name):
     c, values = OPDConfig(_env_file=None, _preset=name), read_preset(name)
-    assert presets()[name]['about'].endswith('.') and c.output_dir == Path('runs') / name
+    assert presets()[name]['about'].endswith('.')
+    assert c.output_dir == Path('runs') / name
     assert {'student', 'teacher'} <= c.model_fields_set and c.lora or name == 'laptop'
     assert all(k in type(c).model_fields for k in values)
 
@@ -109,10 +151,14 @@ def test_preset(name):
 def test_order_of_places(tmp_path, monkeypatch):
     (tmp_path / 'run.yaml').write_text('batch: 4\n')
     words = ['--preset', 'laptop']
-    take = lambda *more: from_env(tmp_path, 'OPD_BATCH=2', _cli=[*words, *more]).batch
-    assert OPDConfig(_env_file=None, _cli=words).batch == 64 and take() == 2
+    def batch(*more): return from_env(tmp_path, 'OPD_BATCH=2', _cli=[*words, *more]).batch
+    assert OPDConfig(_env_file=None, _cli=words).batch == 64
+    assert batch() == 2
     monkeypatch.setenv('OPD_BATCH', '3')
-    assert take() == 3 and take('--config', str(tmp_path / 'run.yaml')) == 4 and take('--config', str(tmp_path / 'run.yaml'), '--batch', '5') == 5
+    saved = '--config', str(tmp_path / 'run.yaml')
+    assert batch() == 3
+    assert batch(*saved) == 4
+    assert batch(*saved, '--batch', '5') == 5
 
 
 def test_prompts_of_the_laptop_are_those_of_the_game():

@@ -7,7 +7,7 @@ import pytest
 
 from conftest import slow
 from opd_nb.core.errors import BadInput
-from opd_nb.data.replies import Store
+from opd_nb.data.replies import Replies
 from opd_nb.data.generate import SyntheticDataGenerator
 from opd_nb.data.filters import clean
 from opd_nb.data.dataset import SynthSettings, synthesize
@@ -182,12 +182,12 @@ def test_killed_in_the_middle(proxy, tmp_path):
     first.send_signal(signal.SIGKILL)
     assert first.wait() == -9, (tmp_path / 'first.log').read_text()
     time.sleep(.5)
-    store = Store(out); kept = store.total()['replies']; store.close()
+    store = Replies(out); kept = store.total()['replies']; store.close()
     delivered = len(bad.ledger)
     assert 100 < kept <= delivered <= kept + 8
     done = subprocess.run(run, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    store = Store(out); total = store.total(); store.close()
+    store = Replies(out); total = store.total(); store.close()
     assert total['replies'] == len(bad.ledger) - (delivered - kept)
     twice = [k for k, n in collections.Counter(sent for sent, _, _ in bad.ledger).items() if n > 1]
     assert len(twice) <= 8 + bad.seen['empty'] + bad.seen['refusal']

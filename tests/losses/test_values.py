@@ -23,19 +23,22 @@ def case(key):
     _, seed, vocabulary, kind = key.split('/')
     student, teacher, alignment, vocab = toy_batch(int(seed), same=vocabulary == 'same')
     if vocabulary == 'same':
-        other, n = toy_batch(int(seed) + 50, same=True)[0], len(student.ids)
+        other, n = toy_batch(int(seed) + 50, same=True).student, len(student.ids)
         scale = torch.linspace(.5, 1.5, n, dtype=torch.float64)[:, None]
-        teacher = replace(other, hidden=other.hidden[:1].repeat(n, 1) * scale, ids=student.ids, logprobs=torch.linspace(-3, -.2, n, dtype=torch.float64))
+        teacher = replace(other, hidden=other.hidden[:1].repeat(n, 1) * scale, ids=student.ids,
+                          logprobs=torch.linspace(-3, -.2, n, dtype=torch.float64))
     return student, listed(teacher, 4) if kind == 'listed' else teacher, alignment, vocab
 
 
 def measured(key):
     student, teacher, alignment, vocab = case(key)
     out = LOSSES[key.split('/')[0]](student, teacher, alignment, vocab)
-    gradient = torch.autograd.grad(out.total, student.hidden, allow_unused=True)[0] if out.total.requires_grad else None
+    gradient = None
+    if out.total.requires_grad: gradient = torch.autograd.grad(out.total, student.hidden, allow_unused=True)[0]
     if gradient is None: return [out.total.item(), float(out.weight), 0., 0., len(out.values)]
     order = torch.arange(1, gradient.numel() + 1).reshape(gradient.shape)
-    return [out.total.item(), float(out.weight), gradient.abs().sum().item(), (gradient * order).sum().item(), len(out.values)]
+    return [out.total.item(), float(out.weight), gradient.abs().sum().item(), (gradient * order).sum().item(),
+            len(out.values)]
 
 
 @pytest.mark.parametrize('name', sorted({key.split('/')[0] for key in KNOWN}))
@@ -45,7 +48,7 @@ def test_a_loss_gives_the_numbers_it_gave(name):
 
 
 def test_no_loss_is_left_out():
-    "But those that read reference texts, the teacher's own text, or token strings."
+    "Except those that read reference texts, the teacher's own text, or token strings."
     assert set(LOSSES.names) - {'sft', 'continuation', 'gold_trl'} <= {key.split('/')[0] for key in KNOWN}
 
 

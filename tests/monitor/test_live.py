@@ -5,7 +5,7 @@ from nbclient import NotebookClient
 CELL = '''
 from opd_nb.monitor.curves import LivePlot
 events = []
-live = LivePlot(events, every=5, figures=('loss',))
+live = LivePlot(events, every=5, metrics=('loss',))
 for i in range(1, 21):
     events.append(dict(event='step', step=i, loss=float(i)))
     live(events[-1])

@@ -8,7 +8,7 @@ from conftest import slow
 from opd_nb.core.errors import BadInput
 from opd_nb.core.settings import TRACKERS
 from opd_nb.core.config import OPDConfig
-from opd_nb.monitor.trackers import Trackers, wanted
+from opd_nb.monitor.trackers import Trackers, tracker_names
 
 KEY = 'sk-this-must-not-be-told'
 
@@ -30,11 +30,11 @@ def secrets_in(folder): return [p for p in folder.rglob('*') if p.is_file() and 
 def test_a_missing_package_is_named(name, monkeypatch):
     find = importlib.util.find_spec
     if find(name): monkeypatch.setattr(importlib.util, 'find_spec', lambda n, *a: None if n == name else find(n, *a))
-    with pytest.raises(BadInput, match=f'pip install {name}'): wanted(f' {name}')
+    with pytest.raises(BadInput, match=f'pip install {name}'): tracker_names(f' {name}')
 
 
 def test_an_unknown_tracker_is_named():
-    with pytest.raises(BadInput, match="Did you mean 'wandb'"): wanted('wandbb')
+    with pytest.raises(BadInput, match="Did you mean 'wandb'"): tracker_names('wandbb')
 
 
 def test_tensorboard_has_every_number_and_no_secret(tmp_path):

@@ -57,6 +57,6 @@ def test_the_quickstart_warns_of_nothing(tmp_path):
     assert warned(events) == []
     if not os.environ.get('OPD_RENEW'): return
     steps, rounded = [e for e in events if e['event'] == 'step'], lambda x: float(f'{x:.3g}')
-    keep = ['loss', *dict.fromkeys(f for r in RULES.values() for f in r.figures if f in steps[0])]
+    keep = ['loss', *dict.fromkeys(f for r in RULES.values() for f in r.metrics if f in steps[0])]
     of = lambda e: {k: rounded(e[k]) for k in keep if k in e}
     LOG.write_text(json.dumps(dict(steps=len(steps), figures={k: [rounded(e[k]) for e in steps] for k in keep}, validations=[dict(event=e['event'], step=e['step'], **of(e)) for e in events if e['event'] == 'validation'])))

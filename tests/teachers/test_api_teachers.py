@@ -1,5 +1,10 @@
-"Teachers behind an address, before real servers and through everything that can go wrong on the way."
-import os, signal, subprocess, sys, textwrap, time
+"Hosted teachers, against real servers and through everything that can go wrong on the way."
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -10,8 +15,8 @@ from opd_nb.core.errors import BadInput
 from opd_nb.core.types import Conversation
 from opd_nb.core.config import OPDConfig
 from opd_nb.models.lm import tiny_folder
-from opd_nb.hosted.pricing import SpendingCap, TeacherGone
-from opd_nb.hosted.store import Answers
+from opd_nb.hosted.pricing import BudgetReached, TeacherGone
+from opd_nb.hosted.store import ReplyStore
 from opd_nb.teachers.base import load_teacher
 from opd_nb.lab import countdown
 from servers import command_server, contract_server, fault_proxy, llama_server, served
@@ -32,16 +37,31 @@ def llama():
 
 @pytest.fixture(scope='module')
 def records():
-    "Eight conversations, and answers: right ones, wrong ones, cut ones."
+    "Eight conversations, and completions: right ones, truncated ones, wrong ones."
     drawn = countdown.draw(8, answers=True)
-    texts = [c.reference for c in drawn]
-    answers = [(t.encode(), True) for t in texts[:4]] + [(t.encode()[:7], False) for t in texts[4:6]] + [(b'10+7=18 18+3=21', True), ('7*3=21 é'.encode(), True)]
-    return [Conversation(tuple(c.prompt)) for c in drawn], answers
+    texts = [c.reference.encode() for c in drawn]
+    right = [(text, True) for text in texts[:4]]
+    truncated = [(text[:7], False) for text in texts[4:6]]
+    wrong = [(b'10+7=18 18+3=21', True), ('7*3=21 é'.encode(), True)]
+    return prompts_of(drawn), right + truncated + wrong
+
+
+def prompts_of(drawn): return [Conversation(tuple(c.prompt)) for c in drawn]
+def references_of(drawn): return [(c.reference.encode(), True) for c in drawn]
 
 
 def config(here, cache, **kw):
-    kw = dict(teacher_tokenizer=here.lm.path, teacher_top_k=8, teacher_cache=cache, teacher_timeout=1, teacher_retries=3, teacher_concurrency=3, teacher_api_key=KEY) | kw
-    return OPDConfig(_env_file=None, **kw)
+    usual = dict(teacher_tokenizer=here.lm.path, teacher_top_k=8, teacher_cache=cache, teacher_timeout=1,
+                 teacher_retries=3, teacher_concurrency=3, teacher_api_key=KEY)
+    return OPDConfig(_env_file=None, **usual | kw)
+
+
+def port_of(url): return int(url.split(':')[-1].split('/')[0])
+
+
+def stop(process):
+    process.kill()
+    process.wait()
 
 
 def same(a, b):
@@ -52,7 +72,7 @@ def same(a, b):
 
 
 def close_to(signals, exact):
-    "Largest difference of a realised log-probability from the model in this process; asserts that the likeliest eight are the same."
+    "Largest difference of a token's log-probability from the model in this process; asserts the same top 8."
     far = 0.
     for s, e in zip(signals, exact, strict=True):
         assert s.ids == e.ids and not s.logprobs.isnan().any()
@@ -93,10 +113,18 @@ def test_faults_change_nothing(here, llama, records, tmp_path, fault):
         assert not faults and len(seen) > probed + 3
         asked = len(seen)
         same(load_teacher(f'api:{url}', config(here, tmp_path / 'a')).score(*records), clean)
-        assert len(seen) == asked + 1  # whether it is still the same model; not even the probe
+        assert len(seen) == asked + 1  # only whether it is still the same model
 
 
-@pytest.mark.parametrize('faults, told', [(['expired'], 'key'), (['no model'], 'name'), (['broken'] * 40, 'HTTP 500'), (['short'] * 40, 'positions'), (['reset'] * 40, 'no connection')], ids=['expired key', 'wrong model', 'always 500', 'always short', 'always reset'])
+STOPPING = {
+    'expired key': (['expired'], 'key'),
+    'wrong model': (['no model'], 'name'),
+    'always 500': (['broken'] * 40, 'HTTP 500'),
+    'always short': (['short'] * 40, 'positions'),
+    'always reset': (['reset'] * 40, 'no connection')}
+
+
+@pytest.mark.parametrize('faults, told', STOPPING.values(), ids=STOPPING)
 def test_stops_clearly_and_loses_nothing(here, llama, records, tmp_path, faults, told):
     conversations, answers = records
     with fault_proxy(llama) as (url, script, seen):
@@ -105,7 +133,8 @@ def test_stops_clearly_and_loses_nothing(here, llama, records, tmp_path, faults,
         probed, script[:] = len(seen), faults
         with pytest.raises(TeacherGone) as gone: teacher.score(*records)
         text = str(gone.value)
-        assert told in text and KEY not in text and 'Make' not in text and not any(a.decode() in text for a, _ in answers if len(a) > 4)
+        assert told in text and KEY not in text and 'Make' not in text
+        assert not any(a.decode() in text for a, _ in answers if len(a) > 4)
         script.clear()
         asked, kept = len(seen), len(teacher.endpoint.cache)
         again = load_teacher(f'api:{url}', config(here, tmp_path / 'a'))
@@ -133,33 +162,34 @@ def test_server_that_dies_and_comes_back(here, records, tmp_path):
     conversations, answers = records
     gguf = export_gguf('tiny:teacher', tmp_path / 'm.gguf', 'f32')
     with llama_server(gguf) as (url, process):
-        port = int(url.split(':')[-1].split('/')[0])
+        port = port_of(url)
         teacher = load_teacher(f'api:{url}', config(here, tmp_path / 'a', teacher_retries=1))
         first = teacher.score(conversations[:4], answers[:4])
-        process.kill(); process.wait()
+        stop(process)
         with pytest.raises(TeacherGone, match='no connection'): teacher.score(*records)
         same(teacher.score(conversations[:4], answers[:4]), first)  # from the cache
     with llama_server(gguf, port): same(teacher.score(*records)[:4], first)
 
 
 def test_another_model_under_the_same_name_is_not_taken_for_the_old_one(here, records, tmp_path, monkeypatch, caplog):
-    "Whole rows, and a chat route alone; on this machine it is refused, and a public provider is doubted."
+    "By a scoring API and by the chat route; an error for this machine, a warning for a public provider."
     from opd_nb.tools.export_gguf import export_gguf
     from opd_nb.models.lm import LM
     lm, gguf = LM.load('tiny:teacher', dtype='float32', device='cpu'), tmp_path / 'm.gguf'
     export_gguf(lm, gguf, 'f32')
     ways = [config(here, tmp_path / mode, teacher_mode=mode) for mode in ('auto', 'prefix_walk')]
     with llama_server(gguf) as (url, _):
-        port = int(url.split(':')[-1].split('/')[0])
+        port = port_of(url)
         for way in ways: load_teacher(f'api:{url}#teacher', way)
     with torch.no_grad():
         for p in lm.model.parameters(): p.mul_(.9)
     export_gguf(lm, gguf, 'f32')
     with llama_server(gguf, port) as (url, _):
         for way in ways:
-            with pytest.raises(BadInput, match='another model has this name now'): load_teacher(f'api:{url}#teacher', way)
+            with pytest.raises(BadInput, match='another model has this name now'):
+                load_teacher(f'api:{url}#teacher', way)
         load_teacher(f'api:{url}#teacher', config(here, tmp_path / 'new'))
-        monkeypatch.setattr('opd_nb.teachers.probe.nearby', lambda url: False)
+        monkeypatch.setattr('opd_nb.teachers.same_model.is_private', lambda url: False)
         load_teacher(f'api:{url}#teacher', ways[0])
         assert 'may have several machines' in caplog.text
 
@@ -171,43 +201,53 @@ def test_training_pauses_when_its_server_dies_and_goes_on_to_the_same_end(tmp_pa
     from opd_nb.data.formats import save_conversations
     from opd_nb.tools.export_gguf import export_gguf
     from opd_nb.monitor.run_log import read_log
-    monkeypatch.chdir(tmp_path); monkeypatch.setenv('TEACHER_API_KEY', KEY)
-    gguf, prompts = export_gguf('tiny:teacher', tmp_path / 'm.gguf', 'f32'), save_conversations(countdown.draw(24), tmp_path / 'p.jsonl')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('TEACHER_API_KEY', KEY)
+    gguf = export_gguf('tiny:teacher', tmp_path / 'm.gguf', 'f32')
+    prompts = save_conversations(countdown.draw(24), tmp_path / 'p.jsonl')
+
     def run(folder, *more):
-        words = f'train --student tiny: --teacher api:{url}#teacher --teacher-tokenizer {tiny_folder("teacher")} --teacher-cache a.sqlite --teacher-retries 0 --teacher-concurrency 2 --loss bpm --data {prompts} ' \
-                f'--val-max-samples 3 --eval-every 2 --max-steps 4 --batch 3 --max-new-tokens 12 --learning-rate 2e-3 --device cpu --output-dir {folder}'
+        words = (f'train --student tiny: --teacher api:{url}#teacher --teacher-tokenizer {tiny_folder("teacher")} '
+                 f'--teacher-cache a.sqlite --teacher-retries 0 --teacher-concurrency 2 --loss bpm --data {prompts} '
+                 f'--val-max-samples 3 --eval-every 2 --max-steps 4 --batch 3 --max-new-tokens 12 '
+                 f'--learning-rate 2e-3 --device cpu --output-dir {folder}')
         return main([*words.split(), *more])
+
     def events(folder): return [{k: v for k, v in e.items() if 'seconds' not in k} for e in read_log(folder)]
     with llama_server(gguf) as (real, process):
         def kill():
             log = events('dies') if deadly else []
-            if log and log[-1] == dict(log[-1], event='step', step=done): process.kill(); process.wait()
+            if log and log[-1] == dict(log[-1], event='step', step=done): stop(process)
         deadly = True
         with fault_proxy(real, before=kill) as (url, _, seen):
             assert run('dies') == 75
             told, deadly = capfd.readouterr(), False
             assert f'saved at step {done}' in told.err and '--resume' in told.err and 'Traceback' not in told.err
             for secret in (KEY, 'Make ', '+'): assert secret not in (told.out + told.err).replace('e+', '')
-            with llama_server(gguf, int(real.split(':')[-1].split('/')[0])):
+            with llama_server(gguf, port_of(real)):
                 assert main(['train', '--config', 'dies/config.yaml', '--resume']) == 0
                 asked, scored = len(seen), [str(b) for path, _, b in seen if path == '/completion']
                 assert len(scored) - len(set(scored)) <= 2  # those that were under way
-                assert run('undisturbed') == 0 and len(seen) == asked + 1  # all that was scored is kept; one asks whether it is still the same model
+                assert run('undisturbed') == 0
+                assert len(seen) == asked + 1  # everything is cached; one asks whether it is still the same model
     assert events('dies') == events('undisturbed')
-    assert (tmp_path / 'dies/final/model.safetensors').read_bytes() == (tmp_path / 'undisturbed/final/model.safetensors').read_bytes()
+    weights = [(tmp_path / run / 'final/model.safetensors').read_bytes() for run in ('dies', 'undisturbed')]
+    assert weights[0] == weights[1]
 
 
 def test_estimate_of_a_walk_is_what_was_counted(here, llama, records, tmp_path):
     for n, positions in enumerate((None, 3)):
-        teacher = load_teacher(f'api:{llama}', config(here, tmp_path / str(n), teacher_mode='prefix_walk', teacher_positions=positions))
-        meter = teacher.endpoint.meter
+        walk = config(here, tmp_path / str(n), teacher_mode='prefix_walk', teacher_positions=positions)
+        teacher = load_teacher(f'api:{llama}', walk)
+        meter = teacher.endpoint.budget
         before, estimate = (meter.requests, meter.tokens_in, meter.tokens_out), teacher.estimate(*records)
         signals = teacher.score(*records)
         counted = meter.requests - before[0], meter.tokens_in - before[1], meter.tokens_out - before[2]
         unsaid = sum(1 for s in signals for row in s.scored if not row)
         assert estimate.tokens_in == counted[1] and estimate.requests == counted[0]
         assert counted[2] <= estimate.tokens_out  # an answer that ends at once may be counted as nothing
-        assert (sum(int(s.scored.sum()) for s in signals) <= 3 * len(signals)) if positions else unsaid < 12
+        if positions: assert sum(int(s.scored.sum()) for s in signals) <= 3 * len(signals)
+        else: assert unsaid < 12
 
 
 def test_cap_stops_before_the_request_that_would_pass_it(here, llama, records, tmp_path):
@@ -215,13 +255,14 @@ def test_cap_stops_before_the_request_that_would_pass_it(here, llama, records, t
         free = load_teacher(f'api:{url}', config(here, tmp_path / 'a'))
         probed, estimate = len(seen), free.estimate(*records)
         price = .02 / (estimate.tokens_in + estimate.tokens_out) * 1e6  # all eight would cost two cents
-        paid = config(here, tmp_path / 'a', teacher_price=f'{price},{price}', teacher_max_dollars=.01, teacher_concurrency=2)
+        limited = dict(teacher_price=f'{price},{price}', teacher_max_dollars=.01, teacher_concurrency=2)
+        paid = config(here, tmp_path / 'a', **limited)
         teacher = load_teacher(f'api:{url}', paid)
-        with pytest.raises(SpendingCap, match=r'\$0.01'): teacher.score(*records)
-        assert 0 < teacher.endpoint.meter.dollars <= .01 and len(seen) > probed
+        with pytest.raises(BudgetReached, match=r'\$0.01'): teacher.score(*records)
+        assert 0 < teacher.endpoint.budget.dollars <= .01 and len(seen) > probed
         asked = len(seen)
-        with pytest.raises(SpendingCap): teacher.score(*records)
-        assert teacher.endpoint.meter.dollars <= .01
+        with pytest.raises(BudgetReached): teacher.score(*records)
+        assert teacher.endpoint.budget.dollars <= .01
         more = load_teacher(f'api:{url}', paid.model_copy(update=dict(teacher_max_dollars=1.)))
         assert len(more.score(*records)) == 8
         bodies = [str(b) for path, _, b in seen[probed:] if path == '/completion']
@@ -237,11 +278,15 @@ RUN = textwrap.dedent('''
     from opd_nb.core.types import Conversation
     url, cache, tokenizer, key = sys.argv[1:]
     drawn = countdown.draw(8, answers=True)
-    teacher = load_teacher(f'api:{url}#teacher', OPDConfig(_env_file=None, teacher_tokenizer=tokenizer, teacher_top_k=8, teacher_cache=cache, teacher_api_key=key, teacher_concurrency=1, teacher_retries=0))
+    settings = OPDConfig(_env_file=None, teacher_tokenizer=tokenizer, teacher_top_k=8, teacher_cache=cache,
+                         teacher_api_key=key, teacher_concurrency=1, teacher_retries=0)
+    teacher = load_teacher(f'api:{url}#teacher', settings)
+    conversations = [Conversation(tuple(c.prompt)) for c in drawn]
+    completions = [(c.reference.encode(), True) for c in drawn]
     print('ready', flush=True)
     for n in (2, 4, 6, 8):
         input()
-        try: teacher.score([Conversation(tuple(c.prompt)) for c in drawn[:n]], [(c.reference.encode(), True) for c in drawn[:n]])
+        try: teacher.score(conversations[:n], completions[:n])
         except TeacherGone as e: print(e)
         print(teacher, repr(teacher.endpoint), teacher.notes)
         print('ready', flush=True)
@@ -250,63 +295,85 @@ RUN = textwrap.dedent('''
 
 def test_run_that_meets_faults_and_is_killed_writes_no_secret_and_goes_on_where_it_was(here, llama, records, tmp_path):
     env = dict(os.environ, HOME=str(tmp_path), XDG_CACHE_HOME=str(tmp_path / 'c'))
-    with fault_proxy(llama) as (url, script, seen), subprocess.Popen([sys.executable, '-c', RUN, url, str(tmp_path / 'answers.sqlite'), here.lm.path, KEY], cwd=tmp_path, env=env,
-                                                                      stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as run:
+    words, pipe = [str(tmp_path / 'answers.sqlite'), here.lm.path, KEY], subprocess.PIPE
+    with (fault_proxy(llama) as (url, script, seen),
+          subprocess.Popen([sys.executable, '-c', RUN, url, *words], cwd=tmp_path, env=env, stdin=pipe, stdout=pipe,
+                           stderr=subprocess.STDOUT, text=True) as run):
         said = []
+
         def wait():
             while (line := run.stdout.readline()) and 'ready' not in line: said.append(line)
-        def go(*faults): script[:] = faults; run.stdin.write('\n'); run.stdin.flush()
-        wait(); probed = len(seen)
-        go(); wait()
-        go('expired'); wait()
-        go('cut'); wait()
+
+        def go(*faults):
+            script[:] = faults
+            run.stdin.write('\n')
+            run.stdin.flush()
+
+        wait()
+        probed = len(seen)
+        for faults in ((), ('expired',), ('cut',)):
+            go(*faults)
+            wait()
         go(*['slow'] * 99)
         while len(seen) < probed + 6: time.sleep(.05)
-        os.kill(run.pid, signal.SIGKILL); run.wait()
-        time.sleep(.4); script.clear()
+        os.kill(run.pid, signal.SIGKILL)
+        run.wait()
+        time.sleep(.4)
+        script.clear()
 
         said = ''.join(said)
         assert 'HTTP 401' in said and 'half a JSON' in said and 'Traceback' not in said
         assert all(h.get('authorization') == f'Bearer {KEY}' for _, h, _ in seen)
         drawn = countdown.draw(8, answers=True)
-        for text in [KEY] + [c.reference for c in drawn] + [c.prompt[-1]['content'] for c in drawn]: assert text not in said, text
-        cache, files = Answers(tmp_path / 'answers.sqlite'), [p for p in tmp_path.rglob('*') if p.is_file()]
+        for text in [KEY, *(c.reference for c in drawn), *(c.prompt[-1]['content'] for c in drawn)]:
+            assert text not in said, text
+        cache, files = ReplyStore(tmp_path / 'answers.sqlite'), [p for p in tmp_path.rglob('*') if p.is_file()]
         assert cache.path in files and not any(KEY.encode() in p.read_bytes() for p in files)
         assert not any(KEY in str(cache.get(k)) for k, in cache.run('SELECT key FROM answers'))
 
         asked, before = len(seen), [str(b) for _, _, b in seen[probed:]]
         teacher = load_teacher(f'api:{url}#teacher', config(here, tmp_path / 'answers.sqlite'))
-        conversations, answers = [Conversation(tuple(c.prompt)) for c in drawn], [(c.reference.encode(), True) for c in drawn]
+        conversations, answers = prompts_of(drawn), references_of(drawn)
         assert close_to(teacher.score(conversations, answers), here.score(conversations, answers)) < 1e-4
         again = [str(b) for _, _, b in seen[asked:]]
-        assert again and sum(b in before for b in again) <= 3  # the expired, the cut and the one that was under way when the run was killed
+        assert again
+        assert sum(b in before for b in again) <= 3  # the expired, the cut, and the one under way at the kill
         asked = len(seen)
         load_teacher(f'api:{url}#teacher', config(here, tmp_path / 'answers.sqlite')).score(conversations, answers)
         assert len(seen) == asked + 1
 
 
 def test_openrouter_preset(here, tmp_path, monkeypatch):
-    "Headers, honoured parameters, thinking off, the tokenizer from the list of models: an ordinary chat model works as it comes."
-    entry = dict(id='qwen/qwen-2.5-7b-instruct', hugging_face_id=here.lm.path, supported_parameters=['logprobs', 'reasoning'])
-    with contract_server('tiny:teacher', can=('chat', 'prefill'), listing=entry) as server, fault_proxy(server) as (url, _, seen):
+    "Headers, honoured parameters, thinking off, the tokenizer from the list of models: a chat model works as it comes."
+    model = 'qwen/qwen-2.5-7b-instruct'
+    entry = dict(id=model, hugging_face_id=here.lm.path, supported_parameters=['logprobs', 'reasoning'])
+    puzzle = Conversation(({'role': 'user', 'content': 'Make 31 from 3 7 10.'},))
+    with (contract_server('tiny:teacher', can=('chat', 'prefill'), listing=entry) as server,
+          fault_proxy(server) as (url, _, seen)):
         monkeypatch.setattr('opd_nb.teachers.api.OPENROUTER', url)
-        settings = OPDConfig(_env_file=None, teacher_cache=tmp_path / 'a', openrouter_api_key=KEY, teacher_price='.1,.2')
-        teacher = load_teacher('openrouter:qwen/qwen-2.5-7b-instruct', settings)
-        signals = teacher.score([Conversation(({'role': 'user', 'content': 'Make 31 from 3 7 10.'},))], [(b'7*3=21 21+10=31', True)])
+        keys = dict(openrouter_api_key=KEY, teacher_price='.1,.2')
+        settings = OPDConfig(_env_file=None, teacher_cache=tmp_path / 'a', **keys)
+        teacher = load_teacher(f'openrouter:{model}', settings)
+        signals = teacher.score([puzzle], [(b'7*3=21 21+10=31', True)])
     assert teacher.finding.mode == 'prefix_walk' and teacher.capabilities.k == 20 and signals[0].scored.sum() > 6
     for _, headers, body in seen:
-        assert body['provider'] == dict(require_parameters=True) and body['reasoning'] == dict(enabled=False) and body['model'] == 'qwen/qwen-2.5-7b-instruct'
-        assert headers['x-title'] == 'opd_nb' and 'http-referer' in headers and headers['authorization'] == f'Bearer {KEY}'
+        assert body['provider'] == dict(require_parameters=True) and body['reasoning'] == dict(enabled=False)
+        assert body['model'] == model
+        assert headers['x-title'] == 'opd_nb' and 'http-referer' in headers
+        assert headers['authorization'] == f'Bearer {KEY}'
 
 
 @pytest.fixture
 def only_env(llama, here, tmp_path, monkeypatch):
-    "`opd train` with everything in a `.env`, before llama.cpp's server of which only the chat route can be reached, under OpenRouter's name."
+    "`opd train` with everything in a `.env`; OpenRouter is llama.cpp's server with nothing but its chat route."
     from opd_nb.cli.app import main
     from opd_nb.data.formats import save_conversations
     monkeypatch.chdir(tmp_path)
     save_conversations(countdown.draw(16), tmp_path / 'p.jsonl')
-    keys = dict(TEACHER_BACKEND='openrouter', OPENROUTER_API_KEY=KEY, TEACHER_PRICE='1,2', OPD_TEACHER_CACHE='a.sqlite', OPD_STUDENT='tiny:', DATA_PATH='p.jsonl', OUTPUT_DIR='run', MAX_STEPS=3, OPD_BATCH=2, MAX_NEW_TOKENS=10, VAL_MAX_SAMPLES=2, OPD_DEVICE='cpu', LEARNING_RATE=1e-3)
+    keys = dict(
+        TEACHER_BACKEND='openrouter', OPENROUTER_API_KEY=KEY, TEACHER_PRICE='1,2', OPD_TEACHER_CACHE='a.sqlite',
+        OPD_STUDENT='tiny:', DATA_PATH='p.jsonl', OUTPUT_DIR='run', MAX_STEPS=3, OPD_BATCH=2, MAX_NEW_TOKENS=10,
+        VAL_MAX_SAMPLES=2, OPD_DEVICE='cpu', LEARNING_RATE=1e-3)
     with fault_proxy(llama, only='/chat/completions') as (url, _, seen):
         monkeypatch.setattr('opd_nb.teachers.api.OPENROUTER', url)
         def run(*more, **changed):
@@ -321,11 +388,14 @@ def test_trains_through_a_chat_route_alone(only_env, here, capfd, tokenizer, mod
     run, seen = only_env
     assert run(**(dict(TEACHER_TOKENIZER=here.lm.path) if tokenizer else {})) == 0
     told = capfd.readouterr()
-    assert f'asked by {mode}: it goes on from a begun answer' in told.out and '$1 for a million tokens read' in told.out and ('TEACHER_TOKENIZER' in told.out) != tokenizer
+    assert f'asked by {mode}: it continues a prefilled reply' in told.out
+    assert '$1 for a million tokens read' in told.out and ('TEACHER_TOKENIZER' in told.out) != tokenizer
     assert 'completions: $' in told.out and KEY not in told.out + told.err and 'Make ' not in told.out + told.err
     steps = [e for e in read_log('run') if e['event'] == 'step']
     assert len(steps) == 3 and all(e['trained'] > 0 and not e['skipped'] and 0 < e['loss'] < 10 for e in steps)
-    assert all(body['provider'] == dict(require_parameters=True) for _, _, body in seen if 'messages' in body) and not any(KEY.encode() in p.read_bytes() for p in Path('.').rglob('*') if p.is_file() and p.name != '.env')
+    assert all(body['provider'] == dict(require_parameters=True) for _, _, body in seen if 'messages' in body)
+    files = [p for p in Path('.').rglob('*') if p.is_file() and p.name != '.env']
+    assert not any(KEY.encode() in p.read_bytes() for p in files)
 
 
 def test_a_run_stops_at_its_cap_and_goes_on(only_env, here, capfd):
@@ -350,29 +420,38 @@ def test_llama_cpp_python_echoes_the_wrong_rows(here, tmp_path):
     pytest.importorskip('llama_cpp.server.app', reason='pip install llama-cpp-python[server]')
     from opd_nb.tools.export_gguf import export_gguf
     gguf = export_gguf('tiny:teacher', tmp_path / 'm.gguf', 'f32')
-    with command_server(sys.executable, '-m', 'llama_cpp.server', '--model', str(gguf), '--port', '{port}', '--n_ctx', '512', '--logits_all', 'true', '--type_k', '0', '--type_v', '0', '--verbose', 'false') as url:
-        with pytest.raises(BadInput, match='off by one: row t is of token t\\+1'): load_teacher(f'api:{url}', config(here, tmp_path / 'a', teacher_timeout=20, teacher_retries=0))
+    options = '--port {port} --n_ctx 512 --logits_all true --type_k 0 --type_v 0 --verbose false'.split()
+    with command_server(sys.executable, '-m', 'llama_cpp.server', '--model', str(gguf), *options) as url:
+        with pytest.raises(BadInput, match='off by one: row t is of token t\\+1'):
+            load_teacher(f'api:{url}', config(here, tmp_path / 'a', teacher_timeout=20, teacher_retries=0))
 
 
 @slow
 def test_transformers_serve_ignores_what_it_accepts(here, tmp_path):
     pytest.importorskip('uvicorn', reason='pip install transformers[serving]')
     folder, command = here.lm.path, str(Path(sys.executable).with_name('transformers'))
-    with command_server(command, 'serve', folder, '--port', '{port}', '--host', '127.0.0.1', '--device', 'cpu', '--dtype', 'float32') as url:
-        with pytest.raises(BadInput) as e: load_teacher(f'api:{url}#{folder}', config(here, tmp_path / 'a', teacher_timeout=60, teacher_retries=0))
-    for sentence in ('no logprobs of the tokens it writes', 'it accepts logprobs and lists none', 'starts another'): assert sentence in str(e.value)
+    options = '--port {port} --host 127.0.0.1 --device cpu --dtype float32'.split()
+    with command_server(command, 'serve', folder, *options) as url:
+        with pytest.raises(BadInput) as e:
+            load_teacher(f'api:{url}#{folder}', config(here, tmp_path / 'a', teacher_timeout=60, teacher_retries=0))
+    for part in ('no logprobs of the tokens it writes', 'it accepts logprobs and lists none', 'starts another'):
+        assert part in str(e.value)
 
 
-@pytest.mark.parametrize('can', [('chat', 'prefill'), ('echo',), ('echo', 'ids')], ids=['prefixes', 'echo by text', 'echo by ids'])
+ROUTES = {'prefixes': ('chat', 'prefill'), 'echo by text': ('echo',), 'echo by ids': ('echo', 'ids')}
+
+
+@pytest.mark.parametrize('can', ROUTES.values(), ids=ROUTES)
 def test_pieces_before_the_bytes_they_fall_back_on(can, tmp_path):
-    "A SentencePiece teacher has `7` twice, as a piece and as the byte <0x37>. What a server calls `7` is the piece, as in the model itself."
+    "A SentencePiece teacher has `7` twice, as a piece and as the byte <0x37>. What a server calls `7` is the piece."
     from opd_nb.models.outputs import teacher_side
     asked, text = Conversation(({'role': 'user', 'content': 'Make 31 from 3 7 10.'},)), (b'7*3=21 21+10=31', True)
     student = load_teacher('tiny:student', OPDConfig(_env_file=None, device='cpu'))
     own = student.score([asked], [text])[0]
     likeliest = teacher_side([own], len(student.codec.bytes)).logp(slice(None)).argmax(-1)
     with contract_server('tiny:student', can=can) as url:
-        said, = load_teacher(f'api:{url}/v1#teacher', OPDConfig(_env_file=None, teacher_cache=tmp_path / 'a', teacher_tokenizer=str(tiny_folder('student')))).score([asked], [text])
+        settings = OPDConfig(_env_file=None, teacher_cache=tmp_path / 'a', teacher_tokenizer=str(tiny_folder('student')))
+        said, = load_teacher(f'api:{url}/v1#teacher', settings).score([asked], [text])
     seen = [t for t in range(len(said.ids)) if said.scored[t]]
     assert len(seen) > 8 and [int(said.ids[t]) for t in seen] == [int(own.ids[t]) for t in seen]
     assert all(int(said.top_ids[t][0]) == likeliest[t] for t in seen)  # and not the byte of the same name
@@ -383,13 +462,19 @@ def test_pieces_before_the_bytes_they_fall_back_on(can, tmp_path):
 def test_an_error_with_status_200_and_a_model_list_that_fails_once(tmp_path):
     "Gateways say 200 and mean 502; servers that start answer later. Neither is kept."
     from servers import Handler, http_server
-    from opd_nb.hosted.store import Answers
-    from opd_nb.hosted.client import Endpoint, Question
-    answers, models = [dict(error=dict(message='upstream')), dict(choices=[]), dict(choices=[dict(text='x')])], [503, 503, 200]
+    from opd_nb.hosted.store import ReplyStore
+    from opd_nb.hosted.client import Endpoint, Request
+    answers = [dict(error=dict(message='upstream')), dict(choices=[]), dict(choices=[dict(text='x')])]
+    models = [503, 503, 200]
+
     class Odd(Handler):
         def do_GET(self): self.send(models.pop(0), dict(data=[dict(id='m')]))
-        def do_POST(self): self.body(); self.send(200, answers.pop(0))
+        def do_POST(self):
+            self.body()
+            self.send(200, answers.pop(0))
+
     with http_server(Odd) as url:
-        end = Endpoint(f'{url}/v1', 'm', cache=Answers(tmp_path / 'a'), retries=3)
-        assert end.run([end.ask(Question('/completions', dict(prompt='x'), 1), lambda a: a['choices'][0]['text'])]) == ['x'] and not answers
+        end = Endpoint(f'{url}/v1', 'm', cache=ReplyStore(tmp_path / 'a'), retries=3)
+        work = end.ask(Request('/completions', dict(prompt='x'), 1), lambda a: a['choices'][0]['text'])
+        assert end.run([work]) == ['x'] and not answers
         assert end.entry() == {} and end.entry() == dict(id='m')

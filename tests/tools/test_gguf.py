@@ -1,6 +1,8 @@
 "GGUF files against transformers and against the official converter, on shapes and tokenizers that the notebooks have no room for."
 import random
-import subprocess, sys, tarfile
+import subprocess
+import sys
+import tarfile
 
 import numpy as np
 import pytest
@@ -17,8 +19,10 @@ from opd_nb.teachers.hf import HFTeacher
 from opd_nb.teachers.gguf import FileCodec, GGUFTeacher
 from opd_nb.tools.export_gguf import export_gguf
 
-LLAMA3_ROPE = dict(rope_type='llama3', rope_theta=5e5, factor=8., low_freq_factor=1., high_freq_factor=4., original_max_position_embeddings=64)
-YARN = dict(rope_type='yarn', rope_theta=1e6, factor=4., original_max_position_embeddings=64, beta_fast=32., beta_slow=1.)
+LLAMA3_ROPE = dict(rope_type='llama3', rope_theta=5e5, factor=8., low_freq_factor=1., high_freq_factor=4.,
+                   original_max_position_embeddings=64)
+YARN = dict(rope_type='yarn', rope_theta=1e6, factor=4., beta_fast=32., beta_slow=1.,
+            original_max_position_embeddings=64)
 LINEAR = dict(rope_type='linear', rope_theta=1e4, factor=2.)
 SHAPES = {  # transformers' class and what is special about it; the tokenizer in the real test material
     'llama': ('Llama', 'llama3', dict(rope_parameters=LLAMA3_ROPE, head_dim=32)),
@@ -34,9 +38,11 @@ def model(name, tok):
     "A random model of a shape, with weights large enough to tell one token from another."
     import transformers
     family, _, special = SHAPES[name]
-    sizes = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=96, max_position_embeddings=256)
+    sizes = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                 intermediate_size=96, max_position_embeddings=256, vocab_size=len(tok) + 7)
     torch.manual_seed(0)
-    config = getattr(transformers, f'{family}Config')(vocab_size=len(tok) + 7, bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id, pad_token_id=None, **sizes, **special)
+    config = getattr(transformers, f'{family}Config')(
+        bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id, pad_token_id=None, **sizes, **special)
     m = getattr(transformers, f'{family}ForCausalLM')(config).eval()
     for key, p in m.named_parameters(): torch.nn.init.normal_(p, float('norm' in key), .2 if p.ndim == 1 else .1)
     return m
@@ -50,8 +56,10 @@ def tokenizer(name):
     folder = real('tokenizers', kind)
     if kind == 'qwen2': return AutoTokenizer.from_pretrained(folder)
     bos, eos = ENDS[kind]
-    tok = PreTrainedTokenizerFast(tokenizer_file=str(folder / 'tokenizer.json'), bos_token=bos, eos_token=eos, unk_token='<unk>' if kind != 'llama3' else None)
-    tok.backend_tokenizer.post_processor = TemplateProcessing(single=f'{bos} $A', pair=f'{bos} $A {bos}:1 $B:1', special_tokens=[(bos, tok.bos_token_id)])
+    tok = PreTrainedTokenizerFast(tokenizer_file=str(folder / 'tokenizer.json'), bos_token=bos, eos_token=eos,
+                                  unk_token='<unk>' if kind != 'llama3' else None)
+    tok.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f'{bos} $A', pair=f'{bos} $A {bos}:1 $B:1', special_tokens=[(bos, tok.bos_token_id)])
     return tok
 
 
@@ -63,7 +71,8 @@ def made(tmp_path_factory):
         if name not in cache:
             tok = tokenizer(name)
             m = model(name, tok)
-            m.save_pretrained(root / name); tok.save_pretrained(root / name)
+            m.save_pretrained(root / name)
+            tok.save_pretrained(root / name)
             lm = LM.load(str(root / name), dtype='float32', device='cpu')
             cache[name] = root / name, export_gguf(lm, root / f'{name}.gguf', 'f32'), lm.codec
         return cache[name]
@@ -71,7 +80,9 @@ def made(tmp_path_factory):
 
 
 def texts():
-    rng, out = random.Random(0), ['Make 31 from 3 7 10.', ' Hello', 'Hello  world', '\n\nfoo 12345 bar', 'def f(x):\n    return x\n', "I'm sure we'll've", '你好 мир 😀 naïve']
+    rng = random.Random(0)
+    out = ['Make 31 from 3 7 10.', ' Hello', 'Hello  world', '\n\nfoo 12345 bar', 'def f(x):\n    return x\n',
+           "I'm sure we'll've", '你好 мир 😀 naïve']
     for f in ('blns.json', 'emoji17_strings.txt', 'utf8tests.txt'):
         lines = real('text', f).read_text(encoding='utf-8', errors='replace').splitlines()
         out += rng.sample(lines, min(len(lines), 200))
@@ -119,9 +130,12 @@ def test_a_real_chat_template(made):
     "Qwen2.5's, with its system prompt, several turns, and tools left out."
     _, file, codec = made('qwen2')
     mine = FileCodec(file)
-    talk = [{'role': 'user', 'content': 'Wie geht’s? 😀'}, {'role': 'assistant', 'content': 'Gut.\n'}, {'role': 'user', 'content': ' <|im_end|> 12'}]
+    talk = [{'role': 'user', 'content': 'Wie geht’s? 😀'},
+            {'role': 'assistant', 'content': 'Gut.\n'},
+            {'role': 'user', 'content': ' <|im_end|> 12'}]
     assert mine.tok.chat_template == codec.tok.chat_template
-    for messages in (talk, [{'role': 'system', 'content': 'Be short.'}, *talk], talk[:1]): assert mine.prompt(messages) == codec.prompt(messages)
+    for messages in (talk, [{'role': 'system', 'content': 'Be short.'}, *talk], talk[:1]):
+        assert mine.prompt(messages) == codec.prompt(messages)
 
 
 def test_a_template_cannot_leave_its_sandbox(made):
@@ -133,7 +147,8 @@ def test_a_template_cannot_leave_its_sandbox(made):
 
 def test_a_character_without_a_token_is_an_error_of_its_record(tmp_path):
     lm = LM.load(str(real('models', 'babyllama105')), dtype='float32', device='cpu')
-    file, c = GGUFTeacher(export_gguf(lm, tmp_path / 'x.gguf', 'f32')), Conversation(({'role': 'user', 'content': 'Once upon a time'},))
+    file = GGUFTeacher(export_gguf(lm, tmp_path / 'x.gguf', 'f32'))
+    c = Conversation(({'role': 'user', 'content': 'Once upon a time'},))
     good = (b', there was a fox.', False)
     bad, fine = file.score([c, c], [(', there was a 🦊.'.encode(), False), good], on_error='return')
     assert '🦊' in str(bad) and 'record 0' in str(bad)
@@ -147,12 +162,20 @@ def test_a_distilled_student_answers_from_its_file_as_from_its_folder(tmp_path):
     from opd_nb.core.config import OPDConfig
     from opd_nb.data.formats import save_conversations
     from opd_nb.training.loop import train
-    prompts, puzzles = save_conversations(countdown.draw(80), tmp_path / 'p.jsonl'), countdown.draw(150, seed=7, split='held_out')
-    done = train(OPDConfig(_env_file=None, student='tiny:student', teacher='tiny:teacher', loss='gold', data=str(prompts), output_dir=tmp_path / 'run', max_steps=4, batch=16, max_new_tokens=24, learning_rate=1e-3, val_fraction=0, device='cpu'), progress=False)
+    prompts = save_conversations(countdown.draw(80), tmp_path / 'p.jsonl')
+    puzzles = countdown.draw(150, seed=7, split='held_out')
+    config = OPDConfig(_env_file=None, student='tiny:student', teacher='tiny:teacher', loss='gold', data=str(prompts),
+                       output_dir=tmp_path / 'run', max_steps=4, batch=16, max_new_tokens=24, learning_rate=1e-3,
+                       val_fraction=0, device='cpu')
+    done = train(config, progress=False)
     twin = HFTeacher(LM.load(str(done.student), device='cpu')).generate(puzzles, 40)
     assert twin != HFTeacher(LM.load('tiny:student', device='cpu')).generate(puzzles, 40), 'it learnt nothing'
-    same = {quant: sum(a == b for a, b in zip(twin, GGUFTeacher(export_gguf(str(done.student), tmp_path / f'{quant}.gguf', quant)).generate(puzzles, 40))) for quant in ('f32', 'q8_0')}
-    solved = sum(bool(countdown.verify(p.metadata['numbers'], p.metadata['target'], text)) for p, (text, _) in zip(puzzles, twin))
+    same = {}
+    for quant in ('f32', 'q8_0'):
+        file = GGUFTeacher(export_gguf(str(done.student), tmp_path / f'{quant}.gguf', quant))
+        same[quant] = sum(a == b for a, b in zip(twin, file.generate(puzzles, 40)))
+    solved = sum(bool(countdown.verify(p.metadata['numbers'], p.metadata['target'], text))
+                 for p, (text, _) in zip(puzzles, twin))
     print(same, solved)
     assert same['f32'] == 150 and same['q8_0'] > 135 and solved > 5, (same, solved)
 
@@ -164,9 +187,13 @@ def converter(tmp_path_factory):
     root = tmp_path_factory.mktemp('converter')
     pip = [sys.executable, '-m', 'pip', '-q', '--disable-pip-version-check']
     try:
-        subprocess.run([*pip, 'download', '--no-deps', '--no-binary', ':all:', '-d', str(root), f'llama-cpp-python=={llama_cpp.__version__}'], check=True, capture_output=True, timeout=900)
-        subprocess.run([*pip, 'install', '--no-deps', '--target', str(root / 'more'), 'sentencepiece'], check=True, capture_output=True, timeout=300)
-    except subprocess.SubprocessError: pytest.skip('the source distribution of llama-cpp-python cannot be had here')
+        source = f'llama-cpp-python=={llama_cpp.__version__}'
+        subprocess.run([*pip, 'download', '--no-deps', '--no-binary', ':all:', '-d', str(root), source],
+                       check=True, capture_output=True, timeout=900)
+        subprocess.run([*pip, 'install', '--no-deps', '--target', str(root / 'more'), 'sentencepiece'],
+                       check=True, capture_output=True, timeout=300)
+    except subprocess.SubprocessError:
+        pytest.skip('the source distribution of llama-cpp-python cannot be had here')
     with tarfile.open(next(root.glob('llama_cpp_python-*.tar.gz'))) as t: t.extractall(root, filter='data')
     return next(root.glob('llama_cpp_python-*/vendor/llama.cpp/convert_hf_to_gguf.py')), root / 'more'
 
@@ -175,7 +202,8 @@ def contents(path):
     "Metadata and tensors of a file."
     from gguf import GGUFReader
     r = GGUFReader(path)
-    return {k: f.contents() for k, f in r.fields.items() if not k.startswith('GGUF')}, {t.name: (t.tensor_type, t.shape.tolist(), t.data) for t in r.tensors}
+    keys = {k: f.contents() for k, f in r.fields.items() if not k.startswith('GGUF')}
+    return keys, {t.name: (t.tensor_type, t.shape.tolist(), t.data) for t in r.tensors}
 
 
 @slow
@@ -185,19 +213,26 @@ def test_files_equal_the_official_converters(name, kind, made, converter, tmp_pa
     import os
     folder, _, codec = made(name)
     script, more = converter
-    subprocess.run([sys.executable, str(script), '--outtype', kind, '--outfile', str(tmp_path / 'theirs.gguf'), str(folder)],
+    theirs = tmp_path / 'theirs.gguf'
+    subprocess.run([sys.executable, str(script), '--outtype', kind, '--outfile', str(theirs), str(folder)],
                    check=True, capture_output=True, env=os.environ | {'PYTHONPATH': str(more)})
-    (keys, tensors), (mine, my_tensors) = contents(tmp_path / 'theirs.gguf'), contents(export_gguf(str(folder), tmp_path / 'mine.gguf', kind))
+    keys, tensors = contents(theirs)
+    mine, my_tensors = contents(export_gguf(str(folder), tmp_path / 'mine.gguf', kind))
     assert tensors.keys() == my_tensors.keys()
     for key, (dtype, shape, data) in tensors.items():
         assert my_tensors[key][:2] == (dtype, shape) and np.array_equal(my_tensors[key][2], data), key
-    if 'tokenizer.ggml.scores' in keys:  # from a tokenizer.json the converter knows neither scores nor which pieces are control tokens, and leaves out what the embedding has beyond the tokenizer
+    # from a tokenizer.json the converter knows neither scores nor which pieces are control tokens,
+    # and leaves out what the embedding has beyond the tokenizer
+    if 'tokenizer.ggml.scores' in keys:
         n = len(keys['tokenizer.ggml.tokens'])
         assert set(keys.pop('tokenizer.ggml.scores')) == {-1000.} and len(set(mine.pop('tokenizer.ggml.scores'))) > 1000
         assert keys.pop('tokenizer.ggml.tokens') == mine.pop('tokenizer.ggml.tokens')[:n]
-        differ = [i for i, (a, b) in enumerate(zip(keys.pop('tokenizer.ggml.token_type'), mine.pop('tokenizer.ggml.token_type'))) if a != b]
+        types = zip(keys.pop('tokenizer.ggml.token_type'), mine.pop('tokenizer.ggml.token_type'))
+        differ = [i for i, (a, b) in enumerate(types) if a != b]
         assert set(differ) <= set(codec.tok.added_tokens_decoder)
-    named = lambda d: {k: v for k, v in d.items() if k != 'general.name' and not (k.startswith('tokenizer.ggml.add_') and not v)}  # "not added" is said or left out
+    def named(d):
+        def said(k, v): return v or not k.startswith('tokenizer.ggml.add_')  # "not added" is said or left out
+        return {k: v for k, v in d.items() if k != 'general.name' and said(k, v)}
     extra = {k for k in named(mine) if k not in keys}
     assert extra <= {'tokenizer.ggml.add_space_prefix'}, extra
     assert named(keys) == {k: v for k, v in named(mine).items() if k not in extra}
@@ -213,15 +248,23 @@ def test_training_under_a_file_is_training_under_its_folder(tmp_path):
     from opd_nb.training.loop import train
     prompts = save_conversations(countdown.draw(4000), tmp_path / 'prompts.jsonl')
     puzzles = countdown.draw(400, seed=5, split='held_out')
-    share = lambda lm: np.mean([bool(countdown.verify(p.metadata['numbers'], p.metadata['target'], text)) for p, (text, _) in zip(puzzles, HFTeacher(lm).generate(puzzles, 24))])
+    def share(lm):
+        completions = HFTeacher(lm).generate(puzzles, 24)
+        return np.mean([bool(countdown.verify(p.metadata['numbers'], p.metadata['target'], text))
+                        for p, (text, _) in zip(puzzles, completions)])
     solved, losses = {'untouched': share(LM.load('tiny:student', device='cpu'))}, {}
-    for kind, teacher in (('folder', 'tiny:teacher'), ('file', f'gguf:{export_gguf("tiny:teacher", tmp_path / "teacher.gguf", "f32")}')):
-        train(OPDConfig(_env_file=None, student='tiny:student', teacher=teacher, loss='gold', beta=.5, data=str(prompts), output_dir=tmp_path / kind, max_steps=100, batch=64, max_new_tokens=24,
-                        learning_rate=2e-3, eval_every=100, save_every=100, warmup_steps=20, device='cpu'), progress=False)
+    file = export_gguf('tiny:teacher', tmp_path / 'teacher.gguf', 'f32')
+    for kind, teacher in (('folder', 'tiny:teacher'), ('file', f'gguf:{file}')):
+        config = OPDConfig(_env_file=None, student='tiny:student', teacher=teacher, loss='gold', beta=.5,
+                           data=str(prompts), output_dir=tmp_path / kind, max_steps=100, batch=64, max_new_tokens=24,
+                           learning_rate=2e-3, eval_every=100, save_every=100, warmup_steps=20, device='cpu')
+        train(config, progress=False)
         losses[kind] = [e['loss'] for e in read_log(tmp_path / kind) if e['event'] == 'step']
         solved[kind] = share(LM.load(str(tmp_path / kind / 'final'), device='cpu'))
-    first, last = ({k: np.mean(v[part]) for k, v in losses.items()} for part in (slice(0, 10), slice(-10, None)))
+    first = {k: np.mean(v[:10]) for k, v in losses.items()}
+    last = {k: np.mean(v[-10:]) for k, v in losses.items()}
     print(solved, first, last)
     assert losses['file'][:5] == pytest.approx(losses['folder'][:5], rel=1e-3)
     assert abs(solved['folder'] - solved['file']) < .07, solved
-    assert all(last[k] < .9 * first[k] for k in losses) and last['file'] == pytest.approx(last['folder'], rel=.1), (first, last)
+    assert all(last[k] < .9 * first[k] for k in losses), (first, last)
+    assert last['file'] == pytest.approx(last['folder'], rel=.1), (first, last)

@@ -149,7 +149,7 @@ def test_memory_does_not_grow(prompts, tmp_path):
     seen = []
     for _ in range(500):
         training.note(run, training.train_step(run))
-        if run.step % 50 == 0: training.keep_best(run); save_student(run, f'step-{run.step}')
+        if run.step % 50 == 0: training.validate_and_keep_best(run); save_student(run, f'step-{run.step}')
         seen.append(psutil.Process().memory_info().rss / 2**20)
     print([round(x) for x in seen[::50]])
     assert max(seen[400:]) - max(seen[50:150]) < 20, 'MiB'

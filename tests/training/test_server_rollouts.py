@@ -10,7 +10,7 @@ from opd_nb.core.config import OPDConfig
 from opd_nb.models.lm import LM
 from opd_nb.hosted.pricing import TeacherGone
 from opd_nb.training.rollouts import rollout
-from opd_nb.training.vllm_rollouts import Server, ServerWriter, StaleWriter, WriterGone, drift, written, writer_for
+from opd_nb.training.vllm_rollouts import VLLMServer, VLLMRollouts, StaleWeights, RolloutServerGone, logprob_differences, parse_completion, rollout_function
 from opd_nb.lab import countdown
 from servers import command_server, served, writing_server
 
@@ -33,7 +33,7 @@ def with_adapter(lm):
 def test_what_a_row_is_given_does_not_depend_on_the_batch(tmp_path):
     lm = LM.load('tiny:student', dtype='float32')
     with writing_server('tiny:student') as (url, state):
-        whole, halves = (ServerWriter(f'vllm:{url}', tmp_path / n) for n in 'ab')
+        whole, halves = (VLLMRollouts(f'vllm:{url}', tmp_path / n) for n in 'ab')
         together = [r.ids for r in whole(lm, ASKS, 24, seed=3, step=2)]
         apart = [r.ids for k in (0, 3) for r in halves(lm, ASKS[k:k + 3], 24, seed=3, step=2, first_row=k)]
         assert together == apart != [r.ids for r in whole(lm, ASKS, 24, seed=3, step=3)]
@@ -46,47 +46,47 @@ def test_another_server_is_refused_with_what_is_needed(tmp_path):
     pytest.importorskip('xllamacpp', reason="llama.cpp's server comes with the dev requirements")
     lm = LM.load('tiny:student', dtype='float32')
     with served('tiny:student') as (url, _):
-        with pytest.raises(WriterGone, match='VLLM_SERVER_DEV_MODE=1'): ServerWriter(f'vllm:{url}', tmp_path)(lm, ASKS, 8)
-        with pytest.raises(WriterGone, match='VLLM_ALLOW_RUNTIME_LORA_UPDATING=1'): ServerWriter(f'vllm:{url}', tmp_path)(with_adapter(lm), ASKS, 8)
-        from opd_nb.training.vllm_rollouts import question
+        with pytest.raises(RolloutServerGone, match='VLLM_SERVER_DEV_MODE=1'): VLLMRollouts(f'vllm:{url}', tmp_path)(lm, ASKS, 8)
+        with pytest.raises(RolloutServerGone, match='VLLM_ALLOW_RUNTIME_LORA_UPDATING=1'): VLLMRollouts(f'vllm:{url}', tmp_path)(with_adapter(lm), ASKS, 8)
+        from opd_nb.training.vllm_rollouts import completion_request
         prompt = lm.codec.prompt(ASKS[0].prompt)
-        answer, = Server(f'vllm:{url}').post(question(prompt, lm.codec.stop_ids, 'any', 'a', 8, 0, 0, 0))
-        with pytest.raises(BadInput, match='token ids'): written(answer, ASKS[0], prompt, lm.codec, 0)
+        answer, = VLLMServer(f'vllm:{url}').post(completion_request(prompt, lm.codec.stop_ids, 'any', 'a', 8, 0, 0, 0))
+        with pytest.raises(BadInput, match='token ids'): parse_completion(answer, ASKS[0], prompt, lm.codec, 0)
 
 
 def test_a_server_that_is_away_is_an_end_the_loop_knows(tmp_path):
     lm = LM.load('tiny:student', dtype='float32')
     with writing_server('tiny:student') as (url, _): pass
-    writer = ServerWriter(f'vllm:{url}', tmp_path)
+    writer = VLLMRollouts(f'vllm:{url}', tmp_path)
     writer.server.retries = 0
     with pytest.raises(TeacherGone, match='no connection'): writer(lm, ASKS, 8)
 
 
 @pytest.mark.parametrize('spec', ['there', 'vllm:', 'vllm:localhost:8000', 'api:http://localhost:8000'])
 def test_bad_addresses(spec, tmp_path):
-    with pytest.raises(BadInput, match='rollouts'): writer_for(OPDConfig(_env_file=None, rollouts=spec, output_dir=tmp_path))
+    with pytest.raises(BadInput, match='rollouts'): rollout_function(OPDConfig(_env_file=None, rollouts=spec, output_dir=tmp_path))
 
 
 def test_a_divided_student_is_refused(tmp_path):
     "What one process holds of it are no weights to hand over, and gathering them is not done yet."
     from torch.distributed.tensor import distribute_tensor, init_device_mesh
-    lm, writer = LM.load('tiny:student', dtype='float32'), ServerWriter('vllm:http://127.0.0.1:9', tmp_path)
+    lm, writer = LM.load('tiny:student', dtype='float32'), VLLMRollouts('vllm:http://127.0.0.1:9', tmp_path)
     torch.distributed.init_process_group('gloo', store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         lm.model.lm_head.weight = torch.nn.Parameter(distribute_tensor(lm.model.lm_head.weight.detach(), init_device_mesh('cpu', (1,))))
-        with pytest.raises(BadInput, match='FSDP'): writer.follow(lm, 0)
+        with pytest.raises(BadInput, match='FSDP'): writer.sync_weights(lm, 0)
     finally: torch.distributed.destroy_process_group()
 
 
 ONE_OF_TWO = '''
 import sys
 from opd_nb.core.errors import BadInput
-from opd_nb.core.distributed import processes
-from opd_nb.training.vllm_rollouts import from_first
-state = processes('cpu')
+from opd_nb.core.distributed import process_state
+from opd_nb.training.vllm_rollouts import on_main_process
+state = process_state('cpu')
 def work(): raise eval(sys.argv[1])
-print(from_first(lambda: state.process_index + 7))
-try: from_first(work)
+print(on_main_process(lambda: state.process_index + 7))
+try: on_main_process(work)
 except Exception as e: print(type(e).__name__, e)
 '''
 
@@ -103,7 +103,7 @@ def test_what_the_first_process_cannot_do_ends_all(error):
 
 
 def test_here_is_the_students_own_writing(tmp_path):
-    assert writer_for(OPDConfig(_env_file=None, output_dir=tmp_path)) is rollout
+    assert rollout_function(OPDConfig(_env_file=None, output_dir=tmp_path)) is rollout
 
 
 @pytest.fixture(scope='module')
@@ -128,12 +128,12 @@ def untied(model):
 def test_vllm_follows_the_student(vllm, lora, tmp_path):
     folder, url = vllm
     lm = LM.load(folder, dtype='float32')
-    ServerWriter(f'vllm:{url}', tmp_path / 'base').follow(lm, 0)  # another test left other weights there, which the first batch would find
+    VLLMRollouts(f'vllm:{url}', tmp_path / 'base').sync_weights(lm, 0)  # another test left other weights there, which the first batch would find
     if lora: lm = with_adapter(lm)
-    writer, seen = ServerWriter(f'vllm:{url}', tmp_path, sync_every=2), []
+    writer, seen = VLLMRollouts(f'vllm:{url}', tmp_path, sync_every=2), []
     for step in range(4):
         rolled = writer(lm, ASKS, 24, seed=1, step=step)
-        seen.append((rolled[0].version, drift(lm, rolled).abs().max().item()))
+        seen.append((rolled[0].version, logprob_differences(lm, rolled).abs().max().item()))
         assert all(len(r.logprobs) == len(r.ids) for r in rolled) and any(r.stopped for r in rolled)
         shaken(lm.model, .1 if lora else .02, step)
     assert [v for v, _ in seen] == [0, 0, 2, 2]
@@ -153,32 +153,32 @@ def test_vllm_that_stays_behind_is_found_out(vllm, tmp_path, monkeypatch):
     "Somebody gives the server other weights after they were handed over; a copy of the base model writes in place of an adapter."
     folder, url = vllm
     lm = LM.load(folder, dtype='float32')
-    writer = ServerWriter(f'vllm:{url}', tmp_path / 'a', sync_every=9)
+    writer = VLLMRollouts(f'vllm:{url}', tmp_path / 'a', sync_every=9)
     writer(lm, ASKS, 24)
-    ServerWriter(f'vllm:{url}', tmp_path / 'b').follow(lm, 0)
-    with pytest.raises(StaleWriter, match='somebody else'): writer(lm, ASKS, 24, step=1)
-    ServerWriter(f'vllm:{url}', tmp_path / 'base').follow(lm, 0)
+    VLLMRollouts(f'vllm:{url}', tmp_path / 'b').sync_weights(lm, 0)
+    with pytest.raises(StaleWeights, match='somebody else'): writer(lm, ASKS, 24, step=1)
+    VLLMRollouts(f'vllm:{url}', tmp_path / 'base').sync_weights(lm, 0)
     adapted = with_adapter(lm)
-    writer = ServerWriter(f'vllm:{url}', tmp_path / 'c')
+    writer = VLLMRollouts(f'vllm:{url}', tmp_path / 'c')
     writer(adapted, ASKS, 24)
     shaken(adapted.model, .1)
-    base = Server(f'vllm:{url}').get('/models')['data'][0]['id']
-    monkeypatch.setattr('opd_nb.training.vllm_rollouts.hand_over', lambda *a: base)
-    with pytest.raises(StaleWriter, match='differ by up to'): writer(adapted, ASKS, 24, step=1)
+    base = VLLMServer(f'vllm:{url}').get('/models')['data'][0]['id']
+    monkeypatch.setattr('opd_nb.training.vllm_rollouts.push_weights', lambda *a: base)
+    with pytest.raises(StaleWeights, match='differ by up to'): writer(adapted, ASKS, 24, step=1)
 
 
 TWO = '''
 import sys
-from opd_nb.core.distributed import processes
+from opd_nb.core.distributed import process_state
 from opd_nb.models.lm import LM
-from opd_nb.training.vllm_rollouts import ServerWriter, WriterGone
+from opd_nb.training.vllm_rollouts import VLLMRollouts, RolloutServerGone
 from opd_nb.lab import countdown
-state, (url, folder) = processes('cpu'), sys.argv[1:]
+state, (url, folder) = process_state('cpu'), sys.argv[1:]
 mine = countdown.draw(6, 1)[state.process_index * 3:][:3]
-writer = ServerWriter(f'vllm:{url}', folder)
+writer = VLLMRollouts(f'vllm:{url}', folder)
 for step in range(2): print('ids', state.process_index, step, [r.ids for r in writer(LM.load('tiny:student', dtype='float32', device='cpu'), mine, 8, step=step, first_row=state.process_index * 3)], flush=True)
-try: ServerWriter('vllm:http://127.0.0.1:9', folder)(LM.load('tiny:student', device='cpu'), mine, 8)
-except WriterGone as e: print('end', state.process_index, e, flush=True)
+try: VLLMRollouts('vllm:http://127.0.0.1:9', folder)(LM.load('tiny:student', device='cpu'), mine, 8)
+except RolloutServerGone as e: print('end', state.process_index, e, flush=True)
 '''
 
 
@@ -191,7 +191,7 @@ def test_two_processes_share_one_writer(tmp_path):
         done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '--standalone', str(tmp_path / 'two.py'), url, str(tmp_path)], capture_output=True, text=True, timeout=300, env=os.environ | dict(ACCELERATE_USE_CPU='true'))
         assert done.returncode == 0, done.stderr[-2000:]
         assert sum(p == '/collective_rpc' for p, _ in state.seen) == 2
-        alone = ServerWriter(f'vllm:{url}', tmp_path / 'alone')(LM.load('tiny:student', dtype='float32'), ASKS, 8, step=1)
+        alone = VLLMRollouts(f'vllm:{url}', tmp_path / 'alone')(LM.load('tiny:student', dtype='float32'), ASKS, 8, step=1)
     said = sorted(line for line in done.stdout.splitlines() if line.startswith(('ids', 'end')))
     assert [line.split()[1] for line in said[:2]] == ['0', '1'] and all('does not take new weights' in line for line in said[:2]), said
     assert [said[3], said[5]] == [f'ids {k} 1 {[r.ids for r in alone[3 * k:3 * k + 3]]}' for k in range(2)]
@@ -225,5 +225,5 @@ def test_a_run_whose_rollouts_a_server_writes(lora, tmp_path):
 @pytest.mark.parametrize('lora', [False, True], ids=['whole', 'lora'])
 def test_a_run_whose_rollouts_vllm_writes(vllm, lora, tmp_path):
     folder, url = vllm
-    ServerWriter(f'vllm:{url}', tmp_path / 'base').follow(LM.load(folder, dtype='float32'), 0)
+    VLLMRollouts(f'vllm:{url}', tmp_path / 'base').sync_weights(LM.load(folder, dtype='float32'), 0)
     follows(trained(url, tmp_path, folder, lora=lora))

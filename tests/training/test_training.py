@@ -164,14 +164,14 @@ def test_memory_that_never_suffices_leaves_a_run_that_goes_on(prompts, tmp_path,
     "The machine has too little memory for a single answer, from the third step on; on a larger one the run goes on."
     import opd_nb.training.loop as training
     from opd_nb.core.errors import BadInput
-    kw, real, left = dict(max_steps=4, val_fraction=0), training.gradients, [2]
+    kw, real, left = dict(max_steps=4, val_fraction=0), training.forward_backward, [2]
     def short(run):
         if not left[0]: raise MemoryError('no room')
         left[0] -= 1
         return real(run)
-    monkeypatch.setattr(training, 'gradients', short)
+    monkeypatch.setattr(training, 'forward_backward', short)
     with pytest.raises(BadInput, match='--resume'): train(config(prompts, tmp_path / 'run', **kw), progress=False)
-    monkeypatch.setattr(training, 'gradients', real)
+    monkeypatch.setattr(training, 'forward_backward', real)
     assert train(config(prompts, tmp_path / 'run', resume=True, **kw), progress=False).steps == 4
 
 
@@ -194,7 +194,7 @@ def test_all_held_out_prompts_are_validated(prompts, tmp_path, method):
     from opd_nb.training.loop import validate
     run = prepare(config(prompts, tmp_path / 'run', method=method, num_generations=8, batch=1, val_fraction=.2))
     n = len(run.val)
-    assert n % 8 and validate(run)['trained'] and len(run.latest) == n
+    assert n % 8 and validate(run)['trained'] and len(run.last_rollouts) == n
 
 
 def test_the_base_of_another_student_is_not_taken(prompts, tmp_path):
