@@ -20,7 +20,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from ..core.errors import BadInput
-from ..core.types import Conversation, Dense, Head, Signal, Sparse
+from ..core.types import Conversation, FullSignal, Head, Signal, TopKSignal
 from ..alignment.chunks import align
 from ..alignment.vocab import Events, VocabMap
 from ..models.lm import LM, read
@@ -87,8 +87,8 @@ def teacher_top_ids(
     k: int,           # tokens at each position
 ) -> torch.Tensor:    # [T, k] token ids, -1 where the teacher listed fewer
     "The teacher's most probable tokens. Raises `BadInput` if it does not list k of them."
-    if isinstance(signal, Dense): return top_ids(signal.hidden, signal.head, k)
-    if not isinstance(signal, Sparse):
+    if isinstance(signal, FullSignal): return top_ids(signal.hidden, signal.head, k)
+    if not isinstance(signal, TopKSignal):
         problem = 'needs a teacher that lists its top tokens'
     elif signal.top_ids.shape[1] >= k:
         return signal.top_ids[:, :k].cpu()

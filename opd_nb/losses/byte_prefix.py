@@ -21,7 +21,7 @@ from ..alignment.vocab import VocabMap
 from ..alignment.prefix_maps import PrefixMap, SortedVocab, cached_for_pair, prefix_map
 from ..alignment.byte_positions import Located, Location, LongerToken, locate
 from ..alignment.byte_positions import BatchText, batch_text, containing_tokens, start_offsets  # noqa: F401
-from ..models.outputs import Listed, Side
+from ..models.outputs import TopKSide, Side
 from .divergences import FLOOR, jsd
 from .chunked import Block, LossOutput, sum_over_blocks
 from .registry import register_loss
@@ -229,7 +229,7 @@ def marginal_jsd(
 # %% ../../nbs/04_losses/05_byte_prefix.ipynb #b014
 def locate_sides(
     student: Side,          # the student's positions
-    teacher: Side | Listed, # the teacher's
+    teacher: Side | TopKSide, # the teacher's
     alignment: Alignment,   # of the batch
     vocab: VocabMap,        # of the pair
     train_whitespace: bool | None, # keep positions of whitespace alone; None: by vocabulary
@@ -245,10 +245,10 @@ def locate_sides(
     return replace(located, units=replace(units, teacher_len=np.ones_like(units.teacher_len)))
 
 # %% ../../nbs/04_losses/05_byte_prefix.ipynb #c029
-@register_loss('bpm', needs='listed')
+@register_loss('bpm', needs='topk')
 def bpm(
     student: Side,          # the student's positions
-    teacher: Side | Listed, # the teacher's, of the same texts
+    teacher: Side | TopKSide, # the teacher's, of the same texts
     alignment: Alignment,   # where they can be compared
     vocab: VocabMap,        # what both can express
     beta: float = 0.0,      # see `jsd`; 0 is the paper's forward KL
@@ -269,7 +269,7 @@ def bpm(
     if inside not in ('refuse', 'listed'): raise unknown('inside', inside, ['refuse', 'listed'])
     px, stops = cached_for_pair(vocab, prefix_map), list(vocab.stops[0])
     others = non_text_ids(px.student, stops, student.width).to(student.hidden.device)
-    lists = 'dense' not in teacher.gives and inside == 'refuse'
+    lists = 'full' not in teacher.access and inside == 'refuse'
     located = locate_sides(student, teacher, alignment, vocab, train_whitespace, lists)
     unmapped = []
 

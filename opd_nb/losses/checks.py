@@ -23,7 +23,7 @@ from ..alignment.tokens import TokenBytes
 from ..alignment.chat import ChatCodec
 from ..alignment.chunks import Alignment, align
 from ..alignment.vocab import VocabMap
-from ..models.outputs import Listed, Side
+from ..models.outputs import TopKSide, Side
 from .chunked import Block
 
 # %% ../../nbs/04_losses/12_checks.ipynb #c006
@@ -293,12 +293,12 @@ def listed(
     side: Side,      # a teacher
     k: int,          # entries per row
     every: int = 1,  # only every so many rows have a list
-) -> Listed:
+) -> TopKSide:
     "The top-k lists that an endpoint would return for this teacher."
     top = side.logp(slice(None)).detach().topk(k)
     without_list = torch.arange(len(side.ids)) % every != 0
     ids = top.indices.masked_fill(without_list[:, None], -1)
-    return Listed(side.ids, side.logprobs, ids, top.values, side.width)
+    return TopKSide(side.ids, side.logprobs, ids, top.values, side.width)
 
 # %% ../../nbs/04_losses/12_checks.ipynb #c028
 def check_listed(

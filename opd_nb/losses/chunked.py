@@ -18,7 +18,7 @@ import torch
 from ..core.errors import BadInput, unknown
 from ..core.types import Head
 from ..alignment.chunks import Alignment
-from ..models.outputs import BLOCK_BYTES, LOSS_BYTES, Listed, Side
+from ..models.outputs import BLOCK_BYTES, LOSS_BYTES, TopKSide, Side
 
 # %% ../../nbs/04_losses/02_chunked.ipynb #c023
 def span_positions(
@@ -229,7 +229,7 @@ class Block:
 class _TeacherRows:
     "The teacher's log-probabilities of one part after the other; its head is applied once a block."
     def __init__(self,
-        teacher: Side | Listed,  # with the rows that the units use
+        teacher: Side | TopKSide,  # with the rows that the units use
     ):
         self.teacher, self.rows, self.logits = teacher, None, None
 
@@ -237,7 +237,7 @@ class _TeacherRows:
         block_rows: slice,  # of the block
         rows: slice,        # of the part
     ) -> torch.Tensor:      # [S, V] in nats
-        if isinstance(self.teacher, Listed): return self.teacher.logp(rows)
+        if isinstance(self.teacher, TopKSide): return self.teacher.logp(rows)
         if self.rows != block_rows:
             self.logits = None  # freed before the next block is computed
             self.logits, self.rows = self.teacher.logits(block_rows), block_rows
@@ -249,7 +249,7 @@ class _Evaluation:
     "Evaluates a loss part by part, weighs its values, and remembers them."
     def __init__(self,
         student: Side,           # with the rows that the units use
-        teacher: Side | Listed,  # likewise
+        teacher: Side | TopKSide,  # likewise
         units: Alignment,        # see `compact`
         value: Callable,         # the loss, see `sum_over_blocks`
         weights: torch.Tensor,   # [U]
@@ -298,7 +298,7 @@ class _Evaluation:
 # %% ../../nbs/04_losses/02_chunked.ipynb #u013
 def block_rows(
     student: Side,           # its device decides
-    teacher: Side | Listed,  # of the same texts
+    teacher: Side | TopKSide,  # of the same texts
     teacher_rows: bool,      # the teacher's rows are computed too
 ) -> tuple[int, int]:        # rows in a block; in a part of it
     "Rows whose logits fit into `BLOCK_BYTES`, and into `LOSS_BYTES`."
@@ -326,7 +326,7 @@ def unit_weights(
 # %% ../../nbs/04_losses/02_chunked.ipynb #c031
 def sum_over_blocks(
     student: Side,           # the student's positions
-    teacher: Side | Listed,  # the teacher's, of the same texts
+    teacher: Side | TopKSide,  # the teacher's, of the same texts
     units: Alignment,        # what to train on, see `compact`
     value: Callable,         # (student logits, teacher logprobs, `Block`) -> [U], see below
     max_rows: int | None = None,  # rows in a block; from `BLOCK_BYTES` if not set

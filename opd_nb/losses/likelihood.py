@@ -20,7 +20,7 @@ from ..alignment.chunks import Alignment
 from ..alignment.tokens import TokenBytes
 from ..alignment.vocab import VocabMap
 from ..alignment.prefix_queries import is_textless
-from ..models.outputs import Listed, Side
+from ..models.outputs import TopKSide, Side
 from .divergences import FLOOR, jsd, with_rest
 from .chunked import Block, LossOutput, sum_over_blocks
 from .registry import register_loss
@@ -157,10 +157,10 @@ def binary_divergence(
     return bce + (y_t.exp() * y_t + not_t.exp() * not_t if f == 'kl' else 0)
 
 # %% ../../nbs/04_losses/09_likelihood.ipynb #c010
-@register_loss('alm', needs='realised')
+@register_loss('alm', needs='logprob')
 def alm(
     student: Side,          # the student's positions
-    teacher: Side | Listed, # the teacher's, of the same texts
+    teacher: Side | TopKSide, # the teacher's, of the same texts
     alignment: Alignment,   # where they can be compared
     vocab: VocabMap,        # what both can express
     tau: float = 100.0,     # temperature of chunk likelihoods
@@ -174,7 +174,7 @@ def alm(
     if f not in ('bce', 'kl'): raise unknown('f', f, ['bce', 'kl'])
     units, word_ends = alignment, None
     if debias:
-        if 'dense' not in teacher.gives:
+        if 'full' not in teacher.access:
             raise BadInput('debias', True, 'needs the whole distribution of the teacher',
                            'Set debias=False, or use a teacher that runs here.')
         units, more = with_next(alignment)
@@ -214,10 +214,10 @@ def teacher_advantage(
     return a + per_span(without_bytes_logprobs(block.student_ids, vocab, a), start, n)
 
 # %% ../../nbs/04_losses/09_likelihood.ipynb #c017
-@register_loss('pg', needs='realised')
+@register_loss('pg', needs='logprob', or_needs='score')
 def pg(
     student: Side,          # its `logprobs` are those of sampling; the present ones if not set
-    teacher: Side | Listed, # the teacher's positions, of the same texts
+    teacher: Side | TopKSide, # the teacher's positions, of the same texts
     alignment: Alignment,   # where they can be compared
     vocab: VocabMap,        # what both can express
     min_advantage: float = -10.0, # an advantage below is raised to it, in nats
@@ -260,10 +260,10 @@ def top_forward_kl(
     return jsd(with_rest(best.values), with_rest(on_p), 0.)
 
 # %% ../../nbs/04_losses/09_likelihood.ipynb #c022
-@register_loss('trust', needs='listed')
+@register_loss('trust', needs=('topk', 'logprob'))
 def trust(
     student: Side,          # its `logprobs` are those of sampling; the present ones if not set
-    teacher: Side | Listed, # the teacher's positions, of the same texts
+    teacher: Side | TopKSide, # the teacher's positions, of the same texts
     alignment: Alignment,   # where they can be compared
     vocab: VocabMap,        # what both can express
     top_k: int = 64,        # teacher's likeliest matched events in the forward KL
@@ -274,7 +274,7 @@ def trust(
     """Policy gradient and forward KL at 1:1 positions, weighted by min(1, q/p) of the written token.
 
     Rows whose token the teacher did not score are left out."""
-    if 'realised' not in teacher.gives:
+    if 'logprob' not in teacher.access:
         raise BadInput('loss', 'trust',
                        'needs the log-probability of every token the student wrote too; '
                        f'this teacher gives: {", ".join(teacher.gives)}',
@@ -314,10 +314,10 @@ def cross_entropy(
     return -token_logprobs(logits, block.student_ids)
 
 # %% ../../nbs/04_losses/09_likelihood.ipynb #c027
-@register_loss('sft', needs='text')
+@register_loss('sft', needs=())
 def sft(
     student: Side,          # the student's positions
-    teacher: Side | Listed, # not used
+    teacher: Side | TopKSide, # not used
     alignment: Alignment,   # only its student positions are used
     vocab: VocabMap,        # not used
     max_rows: int | None = None,  # see `sum_over_blocks`
@@ -327,10 +327,10 @@ def sft(
     return sum_over_blocks(student, teacher, units, cross_entropy, max_rows, rows=False)
 
 # %% ../../nbs/04_losses/09_likelihood.ipynb #c031
-@register_loss('continuation', needs='written')
+@register_loss('continuation', needs='text')
 def continuation(
     student: Side,        # the student's positions in the joined text
-    teacher: Listed,      # it knows where the teacher's text begins, see `Written`
+    teacher: TopKSide,      # it knows where the teacher's text begins, see `TextSignal`
     alignment: Alignment, # only its student positions are used
     vocab: VocabMap,      # not used
     max_rows: int | None = None,  # see `sum_over_blocks`

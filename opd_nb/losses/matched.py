@@ -13,16 +13,16 @@ import torch
 from ..core.errors import unknown
 from ..alignment.chunks import Alignment
 from ..alignment.vocab import Events, VocabMap
-from ..models.outputs import Listed, Side
+from ..models.outputs import TopKSide, Side
 from .divergences import jsd, with_rest
 from .chunked import LossOutput, sum_over_blocks
 from .registry import register_loss
 
 # %% ../../nbs/04_losses/04_matched.ipynb #c014
-@register_loss('gkd', needs='listed', same_vocab=True)
+@register_loss('gkd', needs='topk', same_vocab=True)
 def gkd(
     student: Side,          # the student's positions
-    teacher: Side | Listed, # the teacher's, of the same texts
+    teacher: Side | TopKSide, # the teacher's, of the same texts
     alignment: Alignment,   # where they can be compared
     vocab: VocabMap,        # what both can express
     beta: float = 0.0,      # see `jsd`
@@ -37,7 +37,7 @@ def gkd(
 
     def value(s, q, block):
         p, q = s[:, :n].log_softmax(-1), q[:, :n]
-        if 'dense' in teacher.gives: return jsd(q.log_softmax(-1), p, beta, scaled)
+        if 'full' in teacher.access: return jsd(q.log_softmax(-1), p, beta, scaled)
         known = q > -1e3  # unlisted tokens have -inf
         unlisted = p.masked_fill(known, -torch.inf).logsumexp(-1)
         p = with_rest(p.masked_fill(~known, -1e4), unlisted)
@@ -56,10 +56,10 @@ def mass_outside(
     return -torch.expm1(log_inside.clamp(max=0))
 
 # %% ../../nbs/04_losses/04_matched.ipynb #c019
-@register_loss('strict', needs='listed')
+@register_loss('strict', needs='topk')
 def strict(
     student: Side,          # the student's positions
-    teacher: Side | Listed, # the teacher's, of the same texts
+    teacher: Side | TopKSide, # the teacher's, of the same texts
     alignment: Alignment,   # where they can be compared
     vocab: VocabMap,        # what both can express
     top_k: int | None = None, # compare only the student's k likeliest of the matched events
@@ -68,7 +68,7 @@ def strict(
     """Reverse KL on 1:1 positions, both sides renormalised on the matched events.
 
     Of a teacher that lists, on those that it lists. Teacher entries are floored at log 1e-9."""
-    vocab, dense, outside = vocab.to(student.hidden.device), 'dense' in teacher.gives, [0., 0.]
+    vocab, dense, outside = vocab.to(student.hidden.device), 'full' in teacher.access, [0., 0.]
 
     def value(s, t, block):
         p, q = vocab.student.gather(s), vocab.teacher.gather(t)

@@ -90,7 +90,7 @@ def first_with_bytes(
 
 def boundary_units(
     student: Side,         # its positions
-    teacher,               # `Side` or `Listed`
+    teacher,               # `Side` or `TopKSide`
     alignment: Alignment,  # of the batch
     vocab: VocabMap,       # of the pair
 ) -> Alignment:
@@ -227,10 +227,10 @@ def child_terms(
     return ChildTerms(pending.unit, mass, value)
 
 # %% ../../nbs/04_losses/08_subword.ipynb #c011
-@register_loss('escd', needs='listed')
+@register_loss('escd', needs='topk')
 def escd(
     student: Side,         # the student's positions
-    teacher,               # the teacher's, `Side` or `Listed`, of the same texts
+    teacher,               # the teacher's, `Side` or `TopKSide`, of the same texts
     alignment: Alignment,  # where they can be compared
     vocab: VocabMap,       # what both can express
     beta: float = 0.0,     # of the root term, see `jsd`; 0 is the paper's forward KL
@@ -244,7 +244,7 @@ def escd(
     if root not in ('exact', 'prefix'): raise unknown('root', root, ['exact', 'prefix'])
     if vocab.identical: return gkd(student, teacher, alignment, vocab, beta, max_rows=max_rows)
     tables = spelling_tables(vocab, student.hidden.device)
-    lists = 'dense' not in teacher.gives
+    lists = 'full' not in teacher.access
     masses, children = [], []  # for the log, by block
 
     def value(s, q, block):

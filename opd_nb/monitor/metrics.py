@@ -15,7 +15,7 @@ import torch
 from ..core.types import Rollout
 from ..alignment.chunks import Alignment
 from ..alignment.vocab import VocabMap
-from ..models.outputs import BLOCK_BYTES, Listed, Side
+from ..models.outputs import BLOCK_BYTES, TopKSide, Side
 from ..losses.chunked import sum_over_blocks
 from ..losses.likelihood import token_logprobs
 
@@ -101,7 +101,7 @@ def staleness(
 @torch.no_grad()
 def agreement_metrics(
     student: Side,           # the student's positions; with `logprobs` if another one wrote
-    teacher: Side | Listed,  # the teacher's, of the same texts
+    teacher: Side | TopKSide,  # the teacher's, of the same texts
     alignment: Alignment,    # where they can be compared
     vocab: VocabMap,         # what both can express
     k: int = 16,             # see `compare_distributions`
@@ -109,7 +109,7 @@ def agreement_metrics(
     "Agreement of student and teacher on one batch, at the positions that are aligned one to one."
     always = dict(coverage=alignment.coverage)
     if student.logprobs is not None: always |= staleness(student)
-    if 'listed' not in teacher.gives: return always
+    if 'topk' not in teacher.access: return always
     metrics = _MetricSums(vocab.to(student.hidden.device), k)
     pairs = sum_over_blocks(student, teacher, alignment.select(alignment.one_to_one), metrics)
     means = {name: total / max(1, len(pairs)) for name, total in metrics.sums.items()}

@@ -14,7 +14,7 @@ from typing import Callable
 import torch
 
 from ..core.errors import BadInput
-from ..core.types import Conversation, Judged, Signal, Sparse, Written
+from ..core.types import Access, Conversation, ScoreSignal, Signal, TopKSignal, TextSignal
 from ..core.config import OPDConfig
 from ..alignment.chat import ChatCodec
 from ..models.lm import set_template_arguments
@@ -34,7 +34,7 @@ def signal_from_scores(
     scores: TokenScores,  # of the API
     ids: list[int],       # [T] the completion in the teacher's tokens
     ends,                 # [T] byte offsets after each
-) -> Signal:              # `Sparse` if anything is listed
+) -> Signal:              # `TopKSignal` if anything is listed
     "What an endpoint reported, as a signal."
     logprobs = [math.nan if lp is None else lp for lp in scores.logprobs]
     common = tuple(ids), tuple(int(e) for e in ends), torch.tensor(logprobs, dtype=torch.float32)
@@ -44,7 +44,7 @@ def signal_from_scores(
     rows = [padded(top) for top in scores.top]
     top_ids = torch.tensor([[i for i, _ in row] for row in rows])
     top_logprobs = torch.tensor([[lp for _, lp in row] for row in rows])
-    return Sparse(*common, top_ids, top_logprobs)
+    return TopKSignal(*common, top_ids, top_logprobs)
 
 # %% ../../nbs/06_teachers/09_api.ipynb #c009
 def load_codec(
@@ -110,13 +110,13 @@ async def continue_completion(
     teacher: 'APITeacher',       # in mode `continuation`
     conversation: Conversation,  # whose prompt was answered
     data: bytes,                 # what the student wrote
-) -> Written:
+) -> TextSignal:
     "The student's prefix with the teacher's continuation."
     messages, size = conversation.prompt, teacher.request_size(conversation.prompt)
     c = await teacher.api.write(teacher.endpoint.ask, messages, data, teacher.max_new_tokens, size)
     ids, ends = teacher.codec.write(c.data, c.stopped) if teacher.codec else ((), ())
     unknown = torch.full((len(ids),), math.nan)
-    return Written(tuple(ids), tuple(ends), unknown, c.start, c.data, c.stopped)
+    return TextSignal(tuple(ids), tuple(ends), unknown, c.start, c.data, c.stopped)
 
 # %% ../../nbs/06_teachers/09_api.ipynb #w014
 async def score_tokens(
@@ -150,7 +150,7 @@ async def score_completion(
     if isinstance(teacher.api, SequenceJudge):
         messages, size = conversation.prompt, teacher.request_size(conversation.prompt)
         score = await teacher.api.score(teacher.endpoint.ask, messages, data, size)
-        return Judged((), (), torch.zeros(0), score)
+        return ScoreSignal((), (), torch.zeros(0), score)
     return await score_tokens(teacher, conversation, data, stopped)
 
 # %% ../../nbs/06_teachers/09_api.ipynb #c013
@@ -161,11 +161,11 @@ def empty_signal(
 ) -> Signal:
     "A signal without any score, of the kind that the teacher's mode gives."
     none = torch.zeros(0)
-    if isinstance(teacher.api, Continuation): return Written((), (), none, len(data), data, stopped)
-    if isinstance(teacher.api, SequenceJudge): return Judged((), (), none, math.nan)
+    if isinstance(teacher.api, Continuation): return TextSignal((), (), none, len(data), data, stopped)
+    if isinstance(teacher.api, SequenceJudge): return ScoreSignal((), (), none, math.nan)
     ids, ends = teacher.codec.write(data, stopped)
     n = len(ids)
-    return Sparse(tuple(ids), tuple(int(e) for e in ends), torch.full((n,), math.nan),
+    return TopKSignal(tuple(ids), tuple(int(e) for e in ends), torch.full((n,), math.nan),
                   torch.full((n, 1), -1), torch.zeros(n, 1))
 
 # %% ../../nbs/06_teachers/09_api.ipynb #c016
@@ -215,10 +215,18 @@ class APITeacher(Teacher):
         self.finding = choose_mode(probe_endpoint(endpoint, codec, k, mode), mode, endpoint.who)
         self.api = make_api(self.finding, codec)
         self.capabilities = Capabilities(
-            dense=False, realised=isinstance(self.api, ScoringAPI), generates=True,
+            access=self.access, generates=True,
             tokenizer=codec.tok.name_or_path if codec else '',
             k=self.finding.k if k else 0, mode=self.finding.mode)
         self.notes = self.describe_endpoint()
+
+    @property
+    def access(self) -> frozenset[Access]:
+        "What the endpoint gives in the mode that was chosen."
+        if isinstance(self.api, Continuation): return frozenset({'text'})
+        if isinstance(self.api, SequenceJudge): return frozenset({'score'})
+        scored = {'logprob'} if isinstance(self.api, ScoringAPI) else set()
+        return frozenset(scored | ({'topk'} if self.k and self.finding.k else set()))
 
     def describe_endpoint(self) -> dict[str, str]:
         "Topics for `describe`: address, why this mode, price, cache."

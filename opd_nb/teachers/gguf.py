@@ -16,7 +16,7 @@ import torch
 from jinja2.exceptions import TemplateError
 
 from ..core.errors import BadInput
-from ..core.types import Conversation, Dense, Head, Sparse
+from ..core.types import Conversation, FullSignal, Head, TopKSignal
 from ..core.config import OPDConfig
 from ..alignment.tokens import TokenBytes
 from ..alignment.chat import ChatCodec, turn_markers
@@ -134,7 +134,7 @@ def signal_from_logits(
     width: int,                    # V
     top_k: int,                    # tokens kept of each row; 0 keeps whole rows
     stops: tuple[int, ...] = (),   # token ids that end a turn
-) -> Dense | Sparse:
+) -> FullSignal | TopKSignal:
     "A teacher's signal for one completion. With `top_k`, one block of logits is held at a time."
     logprobs, rows, done = [torch.zeros(0)], [], 0
     for block in blocks:
@@ -144,10 +144,10 @@ def signal_from_logits(
         done += len(z)
     common = dict(ids=tuple(ids), ends=tuple(int(e) for e in ends), logprobs=torch.cat(logprobs))
     if not top_k:
-        return Dense(**common, hidden=torch.cat([torch.zeros(0, width), *rows]), head=Logits(width))
+        return FullSignal(**common, hidden=torch.cat([torch.zeros(0, width), *rows]), head=Logits(width))
     top_ids = [torch.zeros(0, top_k, dtype=torch.long), *(r.indices for r in rows)]
     top_logprobs = [torch.zeros(0, top_k), *(r.values for r in rows)]
-    return Sparse(**common, top_ids=torch.cat(top_ids), top_logprobs=torch.cat(top_logprobs))
+    return TopKSignal(**common, top_ids=torch.cat(top_ids), top_logprobs=torch.cat(top_logprobs))
 
 # %% ../../nbs/06_teachers/04_gguf.ipynb #c019
 def continue_greedily(
@@ -180,7 +180,7 @@ class GGUFTeacher(Teacher):
         if not np.isfinite(next(self.reader.rows([self.codec.stop_ids[0]], 0))).all():
             raise BadInput('teacher', path.name, 'gives logits that are not numbers',
                            'The file is damaged; fetch it again.')
-        self.capabilities = Capabilities(dense=not top_k, realised=True, generates=True,
+        self.capabilities = Capabilities(frozenset({'topk', 'logprob'} | (set() if top_k else {'full'})), generates=True,
                                          tokenizer=str(path), k=self.top_k)
 
     @torch.no_grad()
@@ -189,7 +189,7 @@ class GGUFTeacher(Teacher):
         completions: list[tuple[bytes, bool]],  # (bytes, stopped) of each
         on_error: str = 'raise',  # a record that cannot be scored: 'raise' its `BadInput` before
                                   # any is scored, or 'return' it in the record's place
-    ) -> list[Dense | Sparse | BadInput]:
+    ) -> list[FullSignal | TopKSignal | BadInput]:
         "How likely this teacher finds each token of these completions."
         signals = encode_records(conversations, completions, self.codec, self.context, on_error)
         good = {i: r for i, r in enumerate(signals) if not isinstance(r, BadInput)}
@@ -209,7 +209,7 @@ class GGUFTeacher(Teacher):
         raise BadInput('teacher_top_k', 0, why,
                        'Set TEACHER_TOP_K=64, or lower micro_batch or MAX_NEW_TOKENS.')
 
-    def _score_record(self, record: EncodedRecord) -> Dense | Sparse:
+    def _score_record(self, record: EncodedRecord) -> FullSignal | TopKSignal:
         prompt, ids, ends = record
         blocks = self.reader.rows([*prompt, *ids[:-1]], len(prompt) - 1) if ids else ()
         return signal_from_logits(blocks, ids, ends, self.reader.width, self.top_k,

@@ -11,7 +11,7 @@ import importlib.util
 import torch
 
 from ..core.errors import BadInput
-from ..core.types import Conversation, Dense
+from ..core.types import Conversation, FullSignal
 from ..core.config import OPDConfig
 from ..models.lm import LM, read, tiny_folder, write
 from ..losses.likelihood import token_logprobs
@@ -26,7 +26,7 @@ class HFTeacher(Teacher):
         batch_size: int = 64,  # completions read at a time
     ):
         self.lm, self.codec, self.context, self.batch_size = lm, lm.codec, lm.context, batch_size
-        self.capabilities = Capabilities(dense=True, realised=True, generates=True,
+        self.capabilities = Capabilities(frozenset({'full', 'topk', 'logprob'}), generates=True,
                                          tokenizer=lm.path)
 
     @torch.no_grad()
@@ -35,7 +35,7 @@ class HFTeacher(Teacher):
         completions: list[tuple[bytes, bool]],  # (bytes, stopped) of each
         on_error: str = 'raise',  # a record that cannot be scored: 'raise' its `BadInput` before
                                   # any is scored, or 'return' it in the record's place
-    ) -> list[Dense | BadInput]:
+    ) -> list[FullSignal | BadInput]:
         "How likely this teacher finds each token of these completions."
         records = encode_records(conversations, completions, self.codec, self.context, on_error)
         signals = list(records)
@@ -49,7 +49,7 @@ class HFTeacher(Teacher):
 
     def _score_batch(self,
         records: list[EncodedRecord],  # of similar length
-    ) -> list[Dense]:
+    ) -> list[FullSignal]:
         "One forward pass, split into a signal for each record."
         prompts, rows, ends = zip(*records)
         side = read(self.lm.model, prompts, rows)
@@ -58,7 +58,7 @@ class HFTeacher(Teacher):
         logprobs = torch.cat(logprobs) if blocks else side.hidden.new_zeros(0)
         lengths = [len(ids) for ids in rows]
         parts = zip(rows, ends, logprobs.split(lengths), side.hidden.split(lengths))
-        return [Dense(tuple(ids), tuple(at.tolist()), lp, hidden, side.head)
+        return [FullSignal(tuple(ids), tuple(at.tolist()), lp, hidden, side.head)
                 for ids, at, lp, hidden in parts]
 
     def generate(self,

@@ -210,7 +210,7 @@ def pair_lines(
     config: OPDConfig,
 ) -> list[Line]:        # tokenizers, if the teacher's is known; loss
     "How similar the tokenizers are, and whether the loss fits."
-    if not teacher.codec and teacher.capabilities.kind not in ('generated', 'judged'):
+    if not teacher.codec and not teacher.capabilities.access & {'text', 'score'}:
         return [Line('stop', 'pair',
                      "the teacher's tokenizer is not known, so texts cannot be aligned",
                      'Set TEACHER_TOKENIZER to a folder or Hub id.')]
@@ -248,7 +248,7 @@ def loss_line(
 ) -> Line:
     "Whether the loss fits, and which others do."
     try:
-        name = loss_for(config.loss, vocab, teacher).name
+        name = loss_for(config.loss, vocab, teacher, config).name
     except BadInput as e:
         return Line('stop', 'loss', f'{e.field} = {e.value!r}: {e.allowed}', e.remedy)
     same = vocab and vocab.identical

@@ -16,12 +16,12 @@ import pandas as pd
 import torch
 
 from ..core.errors import BadInput
-from ..core.types import Conversation, Judged, Rollout, Signal, Written
+from ..core.types import Conversation, ScoreSignal, Rollout, Signal, TextSignal
 from ..core.config import OPDConfig
 from ..alignment.chat import ChatCodec
 from ..alignment.chunks import Alignment, align, plot_alignment
 from ..alignment.vocab import VocabMap
-from ..models.outputs import Listed, Side, teacher_side
+from ..models.outputs import TopKSide, Side, teacher_side
 from ..models.lm import LM, read
 from ..losses.chunked import LossOutput
 from ..losses.likelihood import token_logprobs
@@ -53,7 +53,7 @@ def load_pair(
     teacher = teacher or load_teacher(config.teacher, config)
     student = student or load_student(config)
     vocab = VocabMap.build(student.codec, teacher.codec) if teacher.codec else None
-    loss = loss_for(config.loss, vocab, teacher, beta=config.beta)
+    loss = loss_for(config.loss, vocab, teacher, config)
     return Pair(config, student, teacher, vocab, loss)
 
 # %% ../../nbs/11_tools/02_inspect_step.ipynb #c010
@@ -113,12 +113,12 @@ def describe_chunks(
 
 
 def top_token(
-    side: Side | Listed,
+    side: Side | TopKSide,
     table: list[bytes | None],       # bytes of each token of its vocabulary
     stop_ids: tuple[int, ...] = (),  # ids that end a turn
 ) -> list[str]:                      # [N]
     "The most probable token at each position, as text; empty if nothing is known."
-    if isinstance(side, Listed) and not side.top_ids.shape[1]: return []
+    if isinstance(side, TopKSide) and not side.top_ids.shape[1]: return []
     top = [i for span in row_blocks(len(side.ids)) for i in side.logp(span).argmax(-1).tolist()]
     def text(i):
         if i in stop_ids: return '■'
@@ -248,8 +248,8 @@ def distil_once(
                        'or ask something else.')
     found = loss_and_gradient(pair, rollouts, signals)
     r, signal = rollouts[0], signals[0]
-    if isinstance(signal, Written): r = continue_rollout(student.codec, r, signal)
-    teacher_ends = r.ends if isinstance(signal, Judged) else signal.ends
+    if isinstance(signal, TextSignal): r = continue_rollout(student.codec, r, signal)
+    teacher_ends = r.ends if isinstance(signal, ScoreSignal) else signal.ends
     alignment = align([r.ends], [teacher_ends])
     token_bytes = bytes_by_token(r.data, r.ends), bytes_by_token(r.data, teacher_ends)
     chunks = chunk_table(alignment, token_bytes, *look_up(pair, teacher, r, signal), found.out)
@@ -272,7 +272,7 @@ def look_up(
     logprobs = torch.cat([token_logprobs(side.logits(x), side.ids[x], codec.stop_ids)
                           for x in row_blocks(len(side.ids))])
     top = top_token(side, codec.bytes.table, codec.stop_ids)
-    if isinstance(signal, Judged):  # a score for the whole, nothing about tokens
+    if isinstance(signal, ScoreSignal):  # a score for the whole, nothing about tokens
         return (logprobs, torch.full((len(side.ids),), torch.nan)), (top, [])
     theirs = teacher_side([signal], len(pair.vocab.tokens[1]) if pair.vocab else 1)
     known = teacher.codec

@@ -88,7 +88,7 @@ def distil(
 ) -> MethodLoss:
     "Distil the teacher into the student on these rollouts, one micro-batch after the other."
     c, losses = run.config, LossSum()
-    whole_groups = c.score_weight == 'trajectory' or run.teacher.capabilities.kind == 'judged'
+    whole_groups = c.score_weight == 'trajectory' or 'score' in run.teacher.capabilities.access
     for rows in micro_batches(rollouts, run.micro_batch, whole_groups):
         for teacher, texts in by_teacher(run.teacher, rows):
             texts, signals = score(teacher, texts)           # 2. signals, from the teacher

@@ -141,7 +141,7 @@ def prepare(
     if fsdp_requested(state): shard(student.model, config, state)
     has_vocab = teacher and teacher.codec  # an endpoint may have no tokenizer here
     vocab = VocabMap.build(student.codec, teacher.codec) if has_vocab else None
-    loss = teacher and loss_for(config.loss, vocab, teacher, beta=config.beta)
+    loss = teacher and loss_for(config.loss, vocab, teacher, config)
     run = Run(config, student, teacher, vocab, loss, train, val, state,
               compute_dtype=compute_dtype(config, student), sampler=rollout_function(config),
               watch=Watch(config), micro_batch=config.micro_batch)

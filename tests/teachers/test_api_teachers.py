@@ -86,7 +86,7 @@ def close_to(signals, exact):
 
 def test_same_numbers_as_in_this_process(here, llama, records, tmp_path):
     teacher = load_teacher(f'api:{llama}', config(here, tmp_path / 'a'))
-    assert teacher.finding.mode == 'llama_cpp' and teacher.capabilities.kind == 'sparse'
+    assert teacher.finding.mode == 'llama_cpp' and teacher.capabilities.best == 'topk'
     assert close_to(teacher.score(*records), here.score(*records)) < 1e-4
 
 

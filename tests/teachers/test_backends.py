@@ -57,7 +57,7 @@ class Batch:
         teacher, signals = self.teachers[backend], self.signals[backend]
         side = read(self.student.model, [r.prompt_ids for r in self.rollouts], [r.ids for r in self.rollouts])
         said = teacher_side(signals, len(teacher.codec.bytes))
-        if lists and 'dense' in said.gives: said = listed(said, min(K, said.width))
+        if lists and 'full' in said.access: said = listed(said, min(K, said.width))
         alignment = align([r.ends for r in self.rollouts], [s.ends for s in signals])
         out = get_loss(name, VocabMap.build(self.student.codec, teacher.codec))(side, said, alignment)
         return (out.total / out.weight).item(), torch.autograd.grad(out.total, side.hidden)[0], len(out)
