@@ -277,7 +277,7 @@ def trust(
     if 'logprob' not in teacher.access:
         raise BadInput('loss', 'trust',
                        'needs the log-probability of every token the student wrote too; '
-                       f'this teacher gives: {", ".join(teacher.gives)}',
+                       f'this teacher gives: {", ".join(sorted(teacher.access))}',
                        'Choose another teacher, or a loss for lists alone: strict, bpm, escd.')
     vocab = vocab.to(student.hidden.device)
 

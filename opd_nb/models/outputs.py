@@ -71,7 +71,7 @@ class TopKSide:
 
     def take(self,
         rows,   # [M] positions
-    ) -> 'Listed':
+    ) -> 'TopKSide':
         "Only some of the positions."
         rows = torch.as_tensor(rows, dtype=torch.long, device=self.ids.device)
         return replace(self, ids=self.ids[rows], logprobs=self.logprobs[rows],

@@ -48,7 +48,7 @@ class FileTokenizer:
         add_special_tokens: bool = True,  # with BOS, if the file wants one
     ) -> dict[str, list[int]]:
         "Token ids of a text, under `input_ids`."
-        return {'input_ids': self.vocabulary.cut(text, special=True, ends=add_special_tokens)}
+        return {'input_ids': self.vocabulary.tokenize(text, special=True, ends=add_special_tokens)}
 
     def _name(self, i: int | None) -> str:
         return '' if i is None else piece_of(self.vocabulary.vocab, i).decode()
@@ -79,7 +79,7 @@ class MiddleEncoder:
         add_special_tokens: bool = False,  # of no effect
     ) -> types.SimpleNamespace:            # ids; no offsets
         "ValueError if the tokens spell another text."
-        ids = self.vocabulary.cut(text)
+        ids = self.vocabulary.tokenize(text)
         spelled = b''.join(self.vocabulary.table[i] for i in ids)
         if spelled != text.encode(): raise ValueError('is not what its tokens spell')
         return types.SimpleNamespace(ids=ids, offsets=None)

@@ -36,7 +36,7 @@ class Mixture(Teacher):
         if min(self.weights) <= 0:
             raise BadInput('teacher', self.weights, 'must have weights over 0',
                            'Leave out the teacher that should not teach.')
-        kinds = [t.capabilities.kind for t in self.teachers]
+        kinds = [t.capabilities.best for t in self.teachers]
         if len(set(kinds)) > 1:
             shown = ', '.join(f'{n} ({kind})' for n, kind in zip(self.names, kinds))
             raise BadInput('teacher', shown, 'must all give the same kind of signal',

@@ -102,7 +102,7 @@ def test_old_modules_are_found(tmp_path):
     "Each module of the first layout, by its old name, with a warning that says where it is now."
     import opd_nb
     lines = '\n'.join(f'import opd_nb.{old}' for old in opd_nb.MOVED)
-    done = subprocess.run([sys.executable, '-W', 'always::DeprecationWarning', '-c', f'{lines}\nfrom opd_nb.types import BadInput\nfrom opd_nb.losses import gold\nfrom opd_nb.engine import over_pieces, get_loss\nfrom opd_nb import countdown\ncountdown.verify'], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, '-W', 'always::DeprecationWarning', '-c', f'{lines}\nfrom opd_nb.types import BadInput\nfrom opd_nb.losses import gold\nfrom opd_nb.engine import LossOutput, get_loss\nfrom opd_nb import countdown\ncountdown.verify'], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert 'opd_nb.types is opd_nb.core.types and opd_nb.core.errors now' in done.stderr
 
