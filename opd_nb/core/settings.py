@@ -240,10 +240,12 @@ class RunSettings(BaseModel):
     patience: int | None = setting(3,
         'Validations without improvement before stopping early; 0 never stops.',
         'validations', ge=0)
-    monitor: Metric = setting('top1_agreement',
-        'Validation metric that decides about best and early stopping, such as top1_agreement, '
-        'overlap, loss or teacher_nll.', min_length=1)
-    monitor_mode: Literal['max', 'min'] = setting('max', 'Whether more of it is better, or less.')
+    monitor: Metric = setting(
+        'auto', 'Validation metric that decides about best and early stopping, such as loss, '
+        'top1_agreement, overlap or teacher_nll; auto takes the lowest loss, or the highest '
+        'reward of grpo or score of a judge, whose loss says nothing.', min_length=1)
+    monitor_mode: Literal['max', 'min'] = setting(
+        'max', 'Whether more of a named monitor is better, or less; auto knows.')
     save_every: int = setting(100, 'Steps between checkpoints.', 'steps', ge=1)
     keep_last: int = setting(2,
         'Checkpoints kept, the newest; best and final are kept beside them.', 'checkpoints', ge=1)

@@ -11,24 +11,32 @@ import itertools
 import json
 import random
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Callable, Iterator
 
 from ..core.types import Conversation
 from .countdown import all_puzzles, draw, held_out, question
 
 # %% ../../nbs/12_lab/02_tiny_models.ipynb #file
 def from_lines(
-    lines,       # text of a file, as `{"input": "30,100,93", "output": "23"}` a line
-) -> list:       # `Conversation`s without references, numbers and target in their metadata
+    lines: str,            # text of a file, `{"input": "30,100,93", "output": "23"}` a line
+) -> list[Conversation]:   # without references, numbers and target in their metadata
     "Puzzles as other projects publish them."
-    rows = [json.loads(x) for x in lines.splitlines() if x.strip()]
-    found = [([int(n) for n in r['input'].split(',')], int(r['output'])) for r in rows]
-    return [Conversation(({'role': 'user', 'content': question(n, t)},), dict(numbers=n, target=t)) for n, t in found]
+    out = []
+    for line in lines.splitlines():
+        if not line.strip(): continue
+        row = json.loads(line)
+        numbers, target = [int(n) for n in row['input'].split(',')], int(row['output'])
+        prompt = {'role': 'user', 'content': question(numbers, target)}
+        out.append(Conversation((prompt,), dict(numbers=numbers, target=target)))
+    return out
 
 # %% ../../nbs/12_lab/02_tiny_models.ipynb #c031
 def training_text(
     n: int = 20_000,  # puzzles
     seed: int = 0,
-):
+) -> Iterator[str]:
     "Texts to train a tokenizer on: questions and answers of the training split."
     for c in itertools.islice(itertools.cycle(draw(9_000, seed, answers=True)), n):
         yield from ('user\n', 'assistant\n', c.prompt[0]['content'], c.reference)
@@ -43,13 +51,28 @@ def byte_level_tokenizer(
     "A GPT-style tokenizer of the game."
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
+
     t = Tokenizer(models.BPE())
     cut = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    t.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), cut]) if digits else cut
+    t.pre_tokenizer = (
+        pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), cut])
+        if digits
+        else cut
+    )
     t.decoder = decoders.ByteLevel()
     special = ['<|pad|>', '<|im_start|>', end]
-    t.train_from_iterator(training_text(), trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), special_tokens=special, show_progress=False))
-    return PreTrainedTokenizerFast(tokenizer_object=t, eos_token=end, pad_token='<|pad|>', chat_template=template)
+    t.train_from_iterator(
+        training_text(),
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            special_tokens=special,
+            show_progress=False,
+        ),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=t, eos_token=end, pad_token='<|pad|>', chat_template=template
+    )
 
 # %% ../../nbs/12_lab/02_tiny_models.ipynb #c033
 def sentencepiece_tokenizer(
@@ -59,26 +82,52 @@ def sentencepiece_tokenizer(
     "A Llama-2-style tokenizer of the game."
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
+
     t = Tokenizer(models.BPE(byte_fallback=True, unk_token='<unk>', fuse_unk=True))
     t.normalizer = normalizers.Replace(' ', '▁')
-    t.pre_tokenizer = pre_tokenizers.Split(Regex('▁?[0-9]+|▁?[A-Za-z]+|▁|[^▁0-9A-Za-z]'), 'isolated')
-    t.decoder = decoders.Sequence([decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse()])
+    t.pre_tokenizer = pre_tokenizers.Split(
+        Regex('▁?[0-9]+|▁?[A-Za-z]+|▁|[^▁0-9A-Za-z]'), 'isolated'
+    )
+    t.decoder = decoders.Sequence(
+        [decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse()]
+    )
     special = ['<unk>', '<s>', '</s>', '[INST]', '[/INST]']
     pieces = special + [f'<0x{i:02X}>' for i in range(256)]
-    t.train_from_iterator(training_text(seed=1), trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=pieces, show_progress=False))
+    t.train_from_iterator(
+        training_text(seed=1),
+        trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=pieces, show_progress=False),
+    )
     spec = json.loads(t.to_str())
-    spec['added_tokens'] = [a for a in spec['added_tokens'] if a['content'] in special]  # the bytes are ordinary pieces
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(spec)), bos_token='<s>', eos_token='</s>', unk_token='<unk>', pad_token='<unk>', chat_template=template)
+    # the bytes are ordinary pieces
+    spec['added_tokens'] = [a for a in spec['added_tokens'] if a['content'] in special]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(spec)),
+        bos_token='<s>',
+        eos_token='</s>',
+        unk_token='<unk>',
+        pad_token='<unk>',
+        chat_template=template,
+    )
 
 # %% ../../nbs/12_lab/02_tiny_models.ipynb #c034
-CHATML = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-TURNS = ("{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'] }}<|end|>{% else %}<|im_start|>{{ m['content'] }}\n{% endif %}{% endfor %}")
-INST = "<s>{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'] }}</s>{% else %}[INST]{{ m['content'] }}[/INST]{% endif %}{% endfor %}"
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TURNS = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'] }}<|end|>"
+    "{% else %}<|im_start|>{{ m['content'] }}\n{% endif %}{% endfor %}"
+)
+INST = (
+    "<s>{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'] }}</s>"
+    "{% else %}[INST]{{ m['content'] }}[/INST]{% endif %}{% endfor %}"
+)
 
-TOKENIZERS = {'teacher': lambda: byte_level_tokenizer(512, template=CHATML),
-              'student': lambda: sentencepiece_tokenizer(480, INST),
-              'student-bpe': lambda: byte_level_tokenizer(300, digits=True, template=TURNS, end='<|end|>')}
+TOKENIZERS = {
+    'teacher': partial(byte_level_tokenizer, 512, template=CHATML),
+    'student': partial(sentencepiece_tokenizer, 480, INST),
+    'student-bpe': partial(byte_level_tokenizer, 300, digits=True, template=TURNS, end='<|end|>'),
+}
 
 # %% ../../nbs/12_lab/02_tiny_models.ipynb #c037
 def new_model(
@@ -91,100 +140,142 @@ def new_model(
     "An untrained Llama with tied embeddings."
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, logging
+
     logging.disable_progress_bar()
     torch.manual_seed(seed)
-    config = LlamaConfig(vocab_size=len(tok), hidden_size=dim, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads, intermediate_size=dim * 3, max_position_embeddings=512,
-                         tie_word_embeddings=True, rms_norm_eps=1e-5, eos_token_id=tok.eos_token_id, bos_token_id=tok.bos_token_id, pad_token_id=tok.pad_token_id)
+    config = LlamaConfig(
+        vocab_size=len(tok),
+        hidden_size=dim,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        intermediate_size=dim * 3,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        rms_norm_eps=1e-5,
+        eos_token_id=tok.eos_token_id,
+        bos_token_id=tok.bos_token_id,
+        pad_token_id=tok.pad_token_id,
+    )
     return LlamaForCausalLM(config)
 
 # %% ../../nbs/12_lab/02_tiny_models.ipynb #c038
 class Lessons:
     "Batches of puzzles with answers, in one model's tokens; every answer is tokenised once."
+
     def __init__(self,
-        codec,                 # `ChatCodec`
+        codec,                    # `ChatCodec`
         seed: int = 0,
-        sets: int | None = None,   # only so many sets of numbers; the whole training split if not set
-        high: int = 20,            # largest number, see `all_puzzles`
+        sets: int | None = None,  # sets of numbers; the whole training split if not set
+        high: int = 20,           # largest number, see `all_puzzles`
     ):
         self.codec, self.rng = codec, random.Random(seed)
         table = all_puzzles(high=high)
         allowed = sorted({n for n, _ in table if not held_out(n)})
         allowed = set(allowed if sets is None else self.rng.sample(allowed, sets))
-        self.items = [(k, [codec.write(a.encode())[0] for a in v]) for k, v in table.items() if k[0] in allowed]
+        self.items = [
+            (puzzle, [codec.write(a.encode())[0] for a in answers])
+            for puzzle, answers in table.items()
+            if puzzle[0] in allowed
+        ]
+
+    def prompt(self,
+        puzzle: tuple[tuple[int, ...], int],  # numbers, target
+    ) -> list[int]:                           # token ids
+        "A puzzle with its numbers in random order."
+        numbers, target = puzzle
+        shown = question(self.rng.sample(numbers, len(numbers)), target)
+        return self.codec.prompt([{'role': 'user', 'content': shown}])
 
     def batch(self,
-        n: int,        # rows
-    ) -> tuple:        # prompts, completions: lists of token ids
-        "Random puzzles, numbers in random order, each with one of its answers."
+        n: int,                                  # rows
+    ) -> tuple[list[list[int]], list[list[int]]]:  # token ids of prompts and completions
+        "Random puzzles, each with one of its answers."
         picked = [(k, self.rng.choice(a)) for k, a in self.rng.choices(self.items, k=n)]
-        ask = lambda k: self.codec.prompt([{'role': 'user', 'content': question(self.rng.sample(k[0], len(k[0])), k[1])}])
-        return [ask(k) for k, _ in picked], [a for _, a in picked]
+        return [self.prompt(k) for k, _ in picked], [a for _, a in picked]
 
 # %% ../../nbs/12_lab/02_tiny_models.ipynb #c039
 def pretrain(
-    model,              # of `new_model`
-    lessons: list,      # `Lessons`; each batch comes from one of them, in turn
+    model,                         # of `new_model`
+    lessons: list[Lessons],        # each batch comes from one of them, in turn
     steps: int,
-    batch: int = 256,   # puzzles in a step
-    lr: float = 2e-3,   # see `training.make_optimizers`, with Muon
-    watch=None,         # called with the step, every `every` steps
+    batch: int = 256,              # puzzles in a step
+    lr: float = 2e-3,              # see `training.make_optimizers`, with Muon
+    watch: Callable | None = None, # called with the step, every `every` steps
     every: int = 100,
-) -> list:              # (step, loss in nats per token)
+) -> list[tuple[int, float]]:      # (step, loss in nats per token)
     "Cross-entropy on the solver's answers."
     import torch
     from tqdm import tqdm
     from transformers import get_cosine_schedule_with_warmup
     from opd_nb.models.lm import read
     from opd_nb.models.optim import make_optimizers
+
     opts = make_optimizers(model, 'muon', lr, weight_decay=.1)
-    plans, curve = [get_cosine_schedule_with_warmup(o, min(200, steps // 10), steps) for o in opts], []
+    warmup = min(200, steps // 10)
+    plans = [get_cosine_schedule_with_warmup(o, warmup, steps) for o in opts]
+    curve = []
     for step in tqdm(range(1, steps + 1), mininterval=5):
         side = read(model.train(), *lessons[step % len(lessons)].batch(batch))
         loss = torch.nn.functional.cross_entropy(side.logits(slice(None)), side.ids)
-        model.zero_grad(); loss.backward()
+        model.zero_grad()
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
-        for o in (*opts, *plans): o.step()
-        if step % max(1, steps // 240) == 0: curve.append((step, loss.item()))
-        if watch and step % every == 0: watch(step)
+        for o in (*opts, *plans):
+            o.step()
+        if step % max(1, steps // 240) == 0:
+            curve.append((step, loss.item()))
+        if watch and step % every == 0:
+            watch(step)
     return curve
 
 # %% ../../nbs/12_lab/02_tiny_models.ipynb #c041
 @dataclass(frozen=True)
 class Recipe:
     "How one embedded model is made."
+
     dim: int
     layers: int
     heads: int
-    steps: int             # of `pretrain`
-    batch: int             # puzzles in a step
-    lessons: tuple         # keywords of each `Lessons`
-    lr: float = 2e-3       # of `pretrain`
+    steps: int                 # of `pretrain`
+    batch: int                 # puzzles in a step
+    lessons: tuple[dict, ...]  # keywords of each `Lessons`
+    lr: float = 2e-3           # of `pretrain`
 
-RECIPES = {'teacher': Recipe(128, 5, 4, 12_000, 128, (dict(high=40), dict(high=40), {})),
-           'student': Recipe(96, 3, 3, 160, 128, (dict(sets=200),)),
-           'student-bpe': Recipe(96, 3, 3, 160, 128, (dict(sets=200),))}
+
+RECIPES = {
+    'teacher': Recipe(128, 5, 4, 12_000, 128, (dict(high=40), dict(high=40), {})),
+    'student': Recipe(96, 3, 3, 160, 128, (dict(sets=200),)),
+    'student-bpe': Recipe(96, 3, 3, 160, 128, (dict(sets=200),)),
+}
 
 # %% ../../nbs/12_lab/02_tiny_models.ipynb #c042
 def make_tiny(
-    name: str,             # one of `recipes`
-    folder,                # where to save it; a finished one is found there and not made again
-    steps: int | None = None, # fewer steps than the recipe's, to try things
+    name: str,                                  # one of `recipes`
+    folder: Path | str,                         # a finished model is found there
+    steps: int | None = None,                   # fewer steps than the recipe's, to try things
     seed: int = 0,
-    watch=None,            # (step, `LM`) every 100 steps
-    recipes=RECIPES,       # name -> `Recipe`
-    tokenizers=TOKENIZERS, # name -> function that makes the tokenizer
-) -> list:                 # (step, loss) of its training
-    "Train an embedded model from nothing and save it as float16, or load its curve if that was done before."
-    import torch
-    from pathlib import Path
+    watch: Callable | None = None,              # (step, `LM`) every 100 steps
+    recipes: dict[str, Recipe] = RECIPES,
+    tokenizers: dict[str, Callable] = TOKENIZERS,
+) -> list[tuple[int, float]]:                   # (step, loss) of its training
+    "Train an embedded model and save it as float16, or load its curve if it is there."
     from opd_nb.models.lm import LM
     from opd_nb.alignment.chat import ChatCodec
+
     folder, recipe = Path(folder) / name, recipes[name]
-    if (folder / 'curve.json').exists(): return json.loads((folder / 'curve.json').read_text())
+    saved = folder / 'curve.json'
+    if saved.exists(): return json.loads(saved.read_text())
     tok = tokenizers[name]()
-    codec, model = ChatCodec(tok), new_model(tok, recipe.dim, recipe.layers, recipe.heads, seed)
+    codec = ChatCodec(tok)
+    model = new_model(tok, recipe.dim, recipe.layers, recipe.heads, seed)
     lm = LM(model, codec, name)
-    curve = pretrain(model, [Lessons(codec, seed + i, **kw) for i, kw in enumerate(recipe.lessons)], steps or recipe.steps, recipe.batch, recipe.lr, watch and (lambda s: watch(s, lm)))
-    model.half().save_pretrained(folder); tok.save_pretrained(folder)
-    (folder / 'curve.json').write_text(json.dumps(curve))
+    lessons = [Lessons(codec, seed + i, **kw) for i, kw in enumerate(recipe.lessons)]
+
+    def told(step): watch(step, lm)
+
+    curve = pretrain(model, lessons, steps or recipe.steps, recipe.batch, recipe.lr, watch and told)
+    model.half().save_pretrained(folder)
+    tok.save_pretrained(folder)
+    saved.write_text(json.dumps(curve))
     return curve

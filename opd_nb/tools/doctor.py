@@ -28,7 +28,7 @@ from ..alignment.vocab import VocabMap, similarity
 from ..models.lm import LM, pick_device
 from ..models.memory import Need, Shape, available_memory, estimate, format_bytes, shape_of
 from ..hosted.pricing import TeacherGone
-from ..teachers.base import describe, load_teacher, measure_scoring, parse_specs
+from ..teachers.base import as_teacher, describe, load_teacher, measure_scoring, parse_specs
 from ..data.formats import load_conversations
 from ..training.batch import loss_for
 from ..training.methods import FROM_REFERENCES, get_method
@@ -178,7 +178,7 @@ def teacher_lines(
     for topic, text in described.items():
         level, remedy = found.get(topic, ('ok', ''))
         lines.append(Line(level, topic, text or 'none', remedy))
-    modes = teacher.tried() if hasattr(teacher, 'tried') else []
+    modes = as_teacher(teacher).probe_all_modes()
     return lines + [Line('ok', 'way', str(mode)) for mode in modes]
 
 # %% ../../nbs/11_tools/03_doctor.ipynb #c020

@@ -25,7 +25,7 @@ from ..models.outputs import TopKSide, Side, teacher_side
 from ..models.lm import LM, read
 from ..losses.chunked import LossOutput
 from ..losses.likelihood import token_logprobs
-from ..teachers.base import load_teacher, row_blocks
+from ..teachers.base import as_teacher, load_teacher, row_blocks
 from ..data.formats import load_conversations
 from ..training.rollouts import rollout
 from ..training.batch import (by_teacher, continue_rollout, distillation_loss, loss_for,
@@ -330,7 +330,7 @@ def probe_round(
     return Round(asked, rollouts, sampled - start, time.perf_counter() - sampled, metrics)
 
 
-def is_hosted(teacher) -> bool: return hasattr(teacher, 'estimate')
+def is_hosted(teacher) -> bool: return as_teacher(teacher).hosted
 
 
 @dataclass(frozen=True)

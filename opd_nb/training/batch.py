@@ -8,7 +8,6 @@ __all__ = ['WeightedMetrics', 'PER_POSITION', 'auto_loss', 'settings_of_loss', '
            'comparison_metrics', 'distillation_loss', 'judge_advantages', 'judged_loss', 'micro_batches']
 
 # %% ../../nbs/09_training/03_batch.ipynb #c003
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -26,7 +25,7 @@ from ..models.lm import LM, read
 from ..losses.chunked import LossOutput, span_positions, score_weights
 from ..losses.grpo import group_advantages
 from ..losses.registry import DEFAULT_LOSS, LOSSES, get_loss, is_served, loss_parameters
-from ..teachers.base import Capabilities, Teacher
+from ..teachers.base import Capabilities, Teacher, as_teacher
 from ..monitor.metrics import agreement_metrics
 
 # %% ../../nbs/09_training/03_batch.ipynb #c006
@@ -76,10 +75,9 @@ def score(
     rollouts: list[Rollout],
 ) -> tuple[list[Rollout], list[Signal]]:  # the rollouts that were scored, their signals
     "The teacher's signals. Rollouts that it cannot read are dropped."
-    can_return_errors = 'on_error' in inspect.signature(teacher.score).parameters
-    options = dict(on_error='return') if can_return_errors else {}
     conversations = [r.conversation for r in rollouts]
-    signals = teacher.score(conversations, [(r.data, r.stopped) for r in rollouts], **options)
+    completions = [(r.data, r.stopped) for r in rollouts]
+    signals = as_teacher(teacher).score(conversations, completions, on_error='return')
     scored = [(r, s) for r, s in zip(rollouts, signals) if not isinstance(s, BadInput)]
     return [r for r, _ in scored], [s for _, s in scored]
 
@@ -89,8 +87,7 @@ def by_teacher(
     rollouts: list[Rollout],
 ) -> list[tuple[object, list[Rollout]]]:  # (teacher, its rollouts)
     "Which rollouts each teacher scores."
-    if not hasattr(teacher, 'split'): return [(teacher, rollouts)]
-    groups = teacher.split([r.conversation for r in rollouts])
+    groups = as_teacher(teacher).split([r.conversation for r in rollouts])
     return [(t, [rollouts[i] for i in rows]) for t, rows in groups]
 
 # %% ../../nbs/09_training/03_batch.ipynb #c012

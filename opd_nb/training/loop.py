@@ -259,9 +259,10 @@ def choose_monitored(
     "The metric by which students are compared."
     setting, mode = run.config.monitor, run.config.monitor_mode
     wanted = setting.removeprefix('val_')
-    name = next(n for n in (wanted, 'reward', 'mark', 'loss') if metrics.get(n) is not None)
-    if name == wanted: return Monitored(setting, mode, name, mode == 'max')
-    if run.state.is_main_process:
+    if wanted != 'auto' and metrics.get(wanted) is not None:
+        return Monitored(setting, mode, wanted, mode == 'max')
+    name = next(n for n in ('reward', 'mark', 'loss') if metrics.get(n) is not None)
+    if wanted != 'auto' and run.state.is_main_process:
         log.warning('monitor = %r is no figure of this run, so the %s decides; there are %s',
                     setting, 'lowest loss' if name == 'loss' else f'highest {name}',
                     ', '.join(k for k in metrics if k not in ('event', 'step')))

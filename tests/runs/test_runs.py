@@ -1,6 +1,7 @@
 "The run notebooks, run as people run them: by papermill, in a process of their own."
-import json, shutil, subprocess, sys
+import ast, json, re, shutil, subprocess, sys
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
@@ -43,6 +44,7 @@ def test_quickstart_leaves_what_it_promises(first):
     m = json.loads((first / 'metrics.json').read_text())
     assert {'student_before', 'student_after', 'teacher', 'n_eval', 'steps', 'seconds_train'} <= set(m)
     assert (m['n_eval'], m['steps']) == (60, 20) and m['teacher'] > m['student_before']
+    assert 'control_after' not in m and not (first / 'control').exists()
     assert 'data:image/png' in (first / 'report.html').read_text() and (first / 'run' / 'final' / 'model.safetensors').exists()
     from transformers import AutoModelForCausalLM
     assert AutoModelForCausalLM.from_pretrained(first / 'run' / 'final').num_parameters() > 1e5
@@ -56,9 +58,81 @@ def test_same_seed_same_figures_without_network(first, tmp_path):
     a, b = (json.loads((f / 'metrics.json').read_text()) for f in (first, tmp_path))
     for m in (a, b):
         m.pop('seconds_train')
+        m.pop('run')
         for k in [k for k in m['health'] if k.startswith('seconds')]: m['health'].pop(k)
     assert a == b
     if not wrap: pytest.skip('same figures, but this machine cannot take the network away (unshare, ip)')
+
+
+@pytest.fixture(scope='module')
+def demonstration(tmp_path_factory):
+    "What `opd demo` prints and leaves, in small, in a folder with a blank in its name."
+    folder = tmp_path_factory.mktemp('demo') / 'my demo'
+    words = ['--output-dir', str(folder), '--max-steps', '4', '--n-eval', '40', '--n-train', '60',
+             '--control-steps', '2', '--seed', '3']
+    command = [sys.executable, '-c', 'import sys; from opd_nb.cli.app import main; sys.exit(main())']
+    done = subprocess.run([*command, 'demo', *words], cwd=folder.parent, capture_output=True,
+                          text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return folder, done.stdout
+
+
+def test_demo_says_what_it_will_do_and_the_result_before_the_control(demonstration):
+    folder, said = demonstration
+    beginning = said.partition('== 1 of')[0]
+    for words in ('trained for 4 steps', '2 steps with the scores of other puzzles', 'minutes'):
+        assert words in beginning
+    headlines = re.findall(r'^== (\d+) of (\d+)  (.*?)  \(\d+ s\)$', said, re.M)
+    assert [int(n) for n, _, _ in headlines] == [*range(1, int(headlines[0][1]) + 1)]
+    result = json.loads((folder / 'metrics.json').read_text())['result']
+    order = [said.index(x) for x in ('== 1 of', 'Training', result, 'This is a control', 'no rise')]
+    assert order == sorted(order) and said.count(result) == 2
+    assert 'One seed' in said and '44.6%' in said and '47.2%' in said
+
+
+def test_demo_leaves_a_notebook_to_read(demonstration):
+    import nbformat
+    folder, _ = demonstration
+    cells = nbformat.read(folder / 'quickstart.ipynb', 4).cells
+    assert cells[0].cell_type == 'markdown'
+    printed = [o.text for c in cells for o in c.get('outputs', []) if o.output_type == 'stream']
+    assert printed and not any('\r' in text or '%|' in text for text in printed)
+    prose = ''.join(c.source for c in cells if c.cell_type == 'markdown')
+    links = re.findall(r'\]\(([^)#]+)[^)]*\)', prose)
+    assert len(links) > 3
+    for link in links: assert (folder / unquote(link)).is_file(), link
+
+
+def test_demo_leaves_a_page_with_its_circumstances(demonstration):
+    folder, _ = demonstration
+    page = (folder / 'report.html').read_text(encoding='utf-8')
+    shown, _, folded = page.partition('<details>')
+    for name in ('batch', 'max_steps', 'temperature'): assert f'<td>{name}</td>' in shown
+    for name in ('weight_decay', 'top_p'):
+        assert f'<td>{name}</td>' in folded and f'<td>{name}</td>' not in shown
+    for what in ('date', 'versions', 'machine', 'duration'): assert f'<td>{what}</td>' in shown
+    for package in ('opd_nb', 'torch', 'transformers'): assert re.search(rf'{package} \d', shown)
+    assert re.search(r'\d+ cores?, \d+ used', shown) and 'One seed' in shown
+
+
+def test_the_quickstart_trains_as_the_laptop_preset_does():
+    import papermill as pm
+    from opd_nb.core.sources import read_preset
+    found = pm.inspect_notebook(str(ROOT / 'nbs' / 'runs' / 'quickstart.ipynb'))
+    defaults = {name: ast.literal_eval(p['default']) for name, p in found.items()}
+    preset = read_preset('laptop')
+    same = ('loss', 'temperature', 'batch', 'learning_rate', 'max_new_tokens')
+    assert {k: float(defaults[k]) if k != 'loss' else defaults[k] for k in same} == {
+        k: float(preset[k]) if k != 'loss' else preset[k] for k in same}
+    prompts = Path(preset['data']).read_text(encoding='utf-8').splitlines()
+    assert len(prompts) == defaults['n_train'] and 'beta' not in preset
+    assert Path(preset['data']).stat().st_size < 1.2e6 and 'assistant' not in prompts[0]
+
+
+@pytest.mark.parametrize('words', [['-p', 'control_steps', '-1'], ['-p', 'n_eval', '0']])
+def test_quickstart_refuses_a_number_that_means_nothing(words, tmp_path):
+    done = papermill(tmp_path, *SHORT, *words)
+    assert done.returncode != 0 and f'{words[1]} = {words[2]}' in done.stderr
 
 
 @pytest.mark.parametrize('words, says', [(['-p', 'max_stepz', '5'], "'max_steps'"), (['-p', 'loss', 'gkd'], 'different ones')] + [pytest.param(*wrong, marks=slow) for wrong in (
