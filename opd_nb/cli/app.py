@@ -98,7 +98,6 @@ def demo(
     argv: list[str],    # parameters of the quickstart, as flags
 ) -> int:
     "Distil across tokenizers on the embedded models, offline, and show the rise"
-    import json
     import papermill
     found = papermill.inspect_notebook(str(notebook_folder() / 'quickstart.ipynb'))
     parser = Flags('opd demo', summary('demo'),

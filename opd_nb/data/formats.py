@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'EXAMPLE', 'READERS', 'HUB_NAME', 'PROMPTS', 'ANSWERS', 'CHATS', 'SPEAKERS', 'ROLES', 'SURROGATE', 'SPEAKER',
-           'TAKERS', 'BadLine', 'parse_json', 'read_table', 'datasets_rows', 'read_rows', 'shape_of', 'as_message',
+           'TAKERS', 'BadLine', 'parse_json', 'read_table', 'datasets_rows', 'read_rows', 'row_shape', 'as_message',
            'field_messages', 'as_conversation', 'save_skipped', 'load_conversations', 'as_table_row',
            'save_conversations', 'split', 'each_turn']
 
@@ -72,7 +72,7 @@ def _is_table_by_columns(whole, lists):
 def _is_record(whole, lists):
     "Whether an object is a record of its own, perhaps with a list of tags or choices in it."
     if 'messages' in whole or not lists: return True
-    if any(isinstance(x, dict) and shape_of(x) for v in lists.values() for x in v): return False
+    if any(isinstance(x, dict) and row_shape(x) for v in lists.values() for x in v): return False
     return any(isinstance(v, str) and k.lower() in PROMPTS for k, v in whole.items())
 
 def _rows_in_object(whole, path):
@@ -189,7 +189,7 @@ ANSWERS = ('completion', 'response', 'answer', 'output', 'solution', 'chosen', '
 CHATS = dict(messages='chat', conversations='sharegpt', conversation='sharegpt',
              chosen='preference', instruction='alpaca')
 
-def shape_of(
+def row_shape(
     row,           # one row of a data set
 ) -> str | None:   # 'chat', 'sharegpt', 'preference', 'alpaca', 'pair', 'plain', or None
     "Which of the known shapes a row has."
@@ -308,7 +308,7 @@ def as_conversation(
 ) -> Conversation:
     "A row as a conversation. Raises a `ValueError` that names the field."
     if isinstance(row, BadLine): raise ValueError(row.why)
-    shape = shape_of(row)
+    shape = row_shape(row)
     if shape is None:
         raise ValueError(f"no known field; there must be messages, or one of {', '.join(PROMPTS)}")
     if isinstance(row, list): row = {'messages': row}
@@ -368,7 +368,7 @@ def load_conversations(
     if skipped:
         log.warning('%s: %d of %d rows skipped, see %s; %s', path, len(skipped), len(rows),
                     save_skipped(path, skipped), first)
-    shapes = Counter(shape for shape in map(shape_of, rows) if shape)
+    shapes = Counter(shape for shape in map(row_shape, rows) if shape)
     n_references = sum(c.has_reference for c in conversations)
     log.info('%s: %d conversations, %d with a reference (%s)', path, len(conversations),
              n_references, ', '.join(f'{n} {shape}' for shape, n in shapes.items()))

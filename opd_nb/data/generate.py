@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ..core.errors import BadInput, unknown
 from .openai import ChatEndpoint, RoleReply, SynthesisResult, finished_record, run_plan
-from .plan import (Domain, MessageRequest, PlanEstimate, QuestionMaker, compose, estimate,
+from .plan import (Domain, MessageRequest, PlanEstimate, QuestionMaker, compose, estimate_plan,
                               load_domain, make_plan)
 from .replies import Replies, Reply, completion, measured
 from ..core.types import Conversation
@@ -230,7 +230,7 @@ class SyntheticDataGenerator:
         "A plan of requests that are carried out."
         return self.mixture(n, dict(instruction=1), seed)
 
-    def estimate(self,
+    def estimate_plan(self,
         plan: pd.DataFrame,  # of `make_plan`
     ) -> PlanEstimate:
         "What a plan will take, measured on the replies in the folder if there are any."
@@ -238,7 +238,7 @@ class SyntheticDataGenerator:
         prices = dict(
             base_url=self.options.get('base_url'),
             per_million=(0, 0) if free else self.options.get('per_million'))
-        return estimate(plan, self.domain, self.models, **self.measured(), **prices)
+        return estimate_plan(plan, self.domain, self.models, **self.measured(), **prices)
 
     def measured(self) -> dict:
         "What the replies in the folder say about those to come."

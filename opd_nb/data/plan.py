@@ -6,7 +6,7 @@
 __all__ = ['KINDS', 'Weight', 'Weights', 'Some', 'Topics', 'Voices', 'Languages', 'Turns', 'Kind', 'AnswerTokens',
            'QuestionMaker', 'PLAN_NUMBERS', 'PLAN_TEXTS', 'PROMPTS_VERSION', 'WHAT', 'LENGTHS', 'Domain', 'load_domain',
            'make_plan', 'read_plan', 'MessageRequest', 'question_prompt', 'answer_prompt', 'compose', 'PlanEstimate',
-           'estimate']
+           'estimate_plan']
 
 # %% ../../nbs/07_data/02_plan.ipynb #c003
 import json
@@ -388,7 +388,7 @@ def _plan_usage(
     return usage
 
 # %% ../../nbs/07_data/02_plan.ipynb #c032
-def estimate(
+def estimate_plan(
     plan: pd.DataFrame,                    # of `make_plan`
     domain: Domain,                        # of `load_domain`
     models: dict[str, str] | None = None,  # 'question' and 'answer' -> model; no price without

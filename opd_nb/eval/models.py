@@ -19,7 +19,7 @@ import yaml
 from ..core.errors import BadInput
 from ..core.config import OPDConfig
 from ..models.lm import LM, model_path
-from .lm_eval import content_hash
+from .lm_eval import text_hash
 
 # %% ../../nbs/10_eval/06_models.ipynb #c006
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ def content_key(
     skipped = ('_name_or_path', 'transformers_version')
     config = {k: v for k, v in lm.model.config.to_dict().items() if k not in skipped}
     tok, adapters = lm.codec.tok, adapter_settings(lm.model)
-    return content_hash(
+    return text_hash(
         [
             weights_hash(lm.model),
             config,

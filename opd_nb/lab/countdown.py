@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Puzzle', 'LONGEST', 'RANK', 'LEVELS', 'steps_from', 'solutions', 'held_out', 'all_puzzles', 'question', 'draw',
-           'Verdict', 'verify', 'apply', 'reached', 'check_steps', 'Refused', 'Yard', 'check_expression']
+           'Verdict', 'verify', 'apply', 'reached', 'check_steps', 'NotAnExpression', 'Yard', 'check_expression']
 
 # %% ../../nbs/12_lab/01_countdown.ipynb #h003
 import hashlib
@@ -174,7 +174,7 @@ def check_steps(
 RANK = {'+': 1, '-': 1, '*': 2, '/': 2}
 
 
-class Refused(Exception):
+class NotAnExpression(Exception):
     "Why an expression is no answer."
 
 
@@ -189,7 +189,7 @@ class Yard:
         "Apply the last operator."
         b, a, op = self.values.pop(), self.values.pop(), self.ops.pop()
         value = apply(a, op, b)
-        if value is None: raise Refused('division by zero')
+        if value is None: raise NotAnExpression('division by zero')
         self.values.append(value)
 
     def read(self,
@@ -197,9 +197,9 @@ class Yard:
     ):
         "Take the next token."
         opens = token.isdigit() or token == '('
-        if opens != self.expect_value: raise Refused(f'{token!r} is out of place')
+        if opens != self.expect_value: raise NotAnExpression(f'{token!r} is out of place')
         if token.isdigit():
-            if len(token) > 9: raise Refused('a number is too long')
+            if len(token) > 9: raise NotAnExpression('a number is too long')
             self.values.append(Fraction(int(token)))
             self.used.append(int(token))
             self.expect_value = False
@@ -219,13 +219,13 @@ class Yard:
             self.ops.append(token)
             self.expect_value = True
         elif not self.ops:
-            raise Refused('unbalanced parentheses')
+            raise NotAnExpression('unbalanced parentheses')
         else:
             self.ops.pop()
 
     def value(self) -> Fraction:
         "Reduce what is left."
-        if self.expect_value or '(' in self.ops: raise Refused('incomplete')
+        if self.expect_value or '(' in self.ops: raise NotAnExpression('incomplete')
         while self.ops:
             self.reduce()
         return self.values[0]
@@ -242,7 +242,7 @@ def check_expression(
         for token in re.findall(r'[0-9]+|\S', text):
             yard.read(token)
         value = yard.value()
-    except Refused as e:
+    except NotAnExpression as e:
         return Verdict(False, str(e))
     if Counter(yard.used) != Counter(numbers):
         return Verdict(False, f'uses {sorted(yard.used)}, not {sorted(numbers)}')

@@ -36,7 +36,7 @@ from ..training.grpo import REWARDS
 from ..training.setup import load_student
 from .machine import (Line, device_line, disk_line, folder_line, package_lines,
                                   python_line)
-from .inspect_step import Pair, Probe, choose_prompt, is_hosted, load_pair, probe
+from .inspect_step import Pair, RolloutCost, choose_prompt, is_hosted, load_pair, probe
 
 # %% ../../nbs/11_tools/03_doctor.ipynb #c006
 def attempt(
@@ -278,7 +278,7 @@ def probe_lines(
 
 def time_line(
     c: OPDConfig,
-    p: Probe,
+    p: RolloutCost,
     asking: float,    # seconds for one rollout, at a hosted teacher
     validated: int,   # rollouts of all validations
 ) -> Line:
@@ -296,7 +296,7 @@ def time_line(
 
 def tokens_line(
     c: OPDConfig,
-    p: Probe,
+    p: RolloutCost,
 ) -> Line:
     "How long rollouts are, and how many are truncated."
     tokens = c.batch * c.num_generations * c.max_steps * p.tokens
@@ -310,7 +310,7 @@ def tokens_line(
 
 def dollars_line(
     c: OPDConfig,
-    p: Probe,
+    p: RolloutCost,
     validated: int,   # rollouts of all validations
 ) -> Line:
     "What a run costs, against the spending limit."

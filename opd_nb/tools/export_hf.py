@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METRICS', 'CARD', 'UNSTATED', 'StudentRun', 'run_settings', 'best_student', 'find_student', 'local_card',
            'licence_of', 'without_folders', 'changed_settings', 'markdown_table', 'validation_table', 'fact_table',
-           'licence_table', 'model_card', 'stored_dtype', 'write_student', 'first_line', 'push_error', 'push']
+           'licence_table', 'model_card', 'stored_dtype', 'write_student', 'opening_line', 'push_error', 'push']
 
 # %% ../../nbs/11_tools/04_export_hf.ipynb #c003
 import os
@@ -284,7 +284,7 @@ def write_student(
     return folder
 
 # %% ../../nbs/11_tools/04_export_hf.ipynb #c022
-def first_line(
+def opening_line(
     error: Exception,
 ) -> str:
     "Class and first line of an error, at most 120 characters of it."
@@ -299,7 +299,7 @@ def push_error(
     "What went wrong with an upload, and what to do."
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
     if isinstance(error, (LocalTokenNotFoundError, HFValidationError)):
-        problem = f'was refused ({first_line(error)})'
+        problem = f'was refused ({opening_line(error)})'
         remedy = 'Log in with hf auth login, or put HF_TOKEN into .env.'
     elif isinstance(error, HfHubHTTPError):
         status = getattr(error.response, 'status_code', '')
@@ -307,7 +307,7 @@ def push_error(
         remedy = 'Try again later.'
         if status in (401, 403): remedy = 'HF_TOKEN must be a token that may write there.'
     else:  # every kind of network error comes out of there
-        problem = f'could not reach the Hub ({first_line(error)})'
+        problem = f'could not reach the Hub ({opening_line(error)})'
         remedy = ('Check the network, and that HF_HUB_OFFLINE is not set; '
                   f'then: hf upload {repo} {folder}')
     return BadInput('push', repo, problem, f'The export is whole in {folder}. {remedy}')

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['Pair', 'load_pair', 'bytes_by_token', 'readable', 'chunk_table', 'describe_chunks', 'top_token', 'Step', 'in_columns',
-           'loss_of', 'LossAndGradient', 'loss_and_gradient', 'check_gradient', 'distil_once', 'look_up',
-           'render_prompt', 'choose_prompt', 'Round', 'probe_round', 'is_hosted', 'Probe', 'probe', 'price_of_one']
+           'loss_of', 'LossAndGradient', 'loss_and_gradient', 'check_loss_gradient', 'distil_once', 'look_up',
+           'render_prompt', 'choose_prompt', 'Round', 'probe_round', 'is_hosted', 'RolloutCost', 'probe',
+           'price_of_one']
 
 # %% ../../nbs/11_tools/02_inspect_step.ipynb #c003
 import time
@@ -138,7 +139,7 @@ class Step:
     value: float                  # mean over what was trained, in nats
     trained: int                  # chunks or positions that were trained
     grad_norm: float              # before clipping
-    predicted_drop: float         # of the loss after a tiny step, in nats, see `check_gradient`
+    predicted_drop: float         # of the loss after a tiny step, in nats, see `check_loss_gradient`
     measured_drop: float
     metrics: dict[str, float] = field(default_factory=dict)  # see `health`
 
@@ -211,7 +212,7 @@ def loss_and_gradient(
 
 
 @torch.no_grad()
-def check_gradient(
+def check_loss_gradient(
     pair: Pair,               # with the gradients of these rollouts
     rollouts: list[Rollout],
     signals: list[Signal],
@@ -253,7 +254,7 @@ def distil_once(
     alignment = align([r.ends], [teacher_ends])
     token_bytes = bytes_by_token(r.data, r.ends), bytes_by_token(r.data, teacher_ends)
     chunks = chunk_table(alignment, token_bytes, *look_up(pair, teacher, r, signal), found.out)
-    predicted, measured = check_gradient(pair, rollouts, signals, found)
+    predicted, measured = check_loss_gradient(pair, rollouts, signals, found)
     prompts = render_prompt(student.codec, conversation), render_prompt(teacher.codec, conversation)
     return Step(prompts, r, token_bytes, alignment, chunks, pair.loss.name, found.value,
                 found.trained, found.grad_norm, predicted, measured, found.metrics)
@@ -334,7 +335,7 @@ def is_hosted(teacher) -> bool: return as_teacher(teacher).hosted
 
 
 @dataclass(frozen=True)
-class Probe:
+class RolloutCost:
     "What a rollout takes."
     rollouts: int             # that were measured
     sampling: float           # seconds for one
@@ -348,7 +349,7 @@ class Probe:
 def probe(
     pair: Pair,
     prompts: list[Conversation],
-) -> Probe:
+) -> RolloutCost:
     "Measure a few rollouts, without a step."
     c, on_cpu = pair.config, pair.student.device.type == 'cpu'
     per_step = c.batch * c.num_generations
@@ -364,7 +365,7 @@ def probe(
     pair.student.model.zero_grad()
     tokens = sum(len(x.ids) for x in r.rollouts) / n_sampled
     truncated = sum(not x.stopped for x in r.rollouts) / n_sampled
-    return Probe(n_sampled, sampling / at_once, training, tokens, truncated,
+    return RolloutCost(n_sampled, sampling / at_once, training, tokens, truncated,
                  price_of_one(pair.teacher, r), r.metrics)
 
 

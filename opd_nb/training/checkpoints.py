@@ -6,7 +6,7 @@
 __all__ = ['log', 'LOCKS', 'LEFTOVERS', 'COUNTERS', 'FIXED_SETTINGS', 'open_folder', 'lock_folder', 'unlock_folder',
            'remove_leftovers', 'move_into_place', 'Monitored', 'counters', 'set_counters', 'save_student',
            'checkpoints', 'newest_checkpoint', 'check_unchanged', 'check_resumable', 'resume_run', 'load_checkpoint',
-           'load_weights', 'load_optimizers', 'save_merged']
+           'restore_weights', 'load_optimizers', 'save_merged']
 
 # %% ../../nbs/09_training/06_checkpoints.ipynb #h003
 import json
@@ -245,13 +245,13 @@ def load_checkpoint(
     folder: Path,  # a complete checkpoint
 ):
     "Load weights, optimizers, schedules and counters of a checkpoint into a run."
-    load_weights(run, folder)
+    restore_weights(run, folder)
     saved = torch.load(folder / 'run.pt', weights_only=True, map_location='cpu')
     load_optimizers(run, saved)
     set_counters(run, saved)
 
 
-def load_weights(
+def restore_weights(
     run,           # a `Run`, see `setup`
     folder: Path,  # a complete checkpoint
 ):
