@@ -27,7 +27,7 @@ class Entry:
     spec: str              # see `model_path`
     step: int | None = None  # of the run, if it has one
     run: str = ''          # which run, if several are compared
-    loading: dict = field(default_factory=dict)  # of `LM.load`: template, revision, trust_remote_code
+    loading: dict = field(default_factory=dict)  # of `LM.load`: template, revision; never trust_remote_code
 
     @property
     def checkpoint(self) -> bool: return bool(re.search(r'(^|-)step-\d+$', self.name))
@@ -49,10 +49,9 @@ def of_run(
     saved = {p.name: p for p in folder.iterdir() if (p / 'config.json').is_file() or (p / 'adapter_config.json').is_file()}
     numbered = sorted((int(m[1]), p) for n, p in saved.items() if (m := re.fullmatch(r'step-(\d+)', n)))
     config, named = yaml.safe_load((folder / 'config.yaml').read_text()), f'{run}-' if run else ''
-    given = {k: config[k] for k in ('template', 'revision', 'trust_remote_code') if config.get(k)}
+    given = {k: config[k] for k in ('template', 'revision') if config.get(k)}  # trust is the command line's to give
     out = [Entry(named + 'base', config['student'], 0, run, given)] + [Entry(named + p.name, str(p), n, run) for n, p in numbered]
     out += [Entry(named + n, str(saved[n]), max(steps, default=None) if n == 'final' else None, run) for n in ('best', 'final') if n in saved]
-    out[1:] = [replace(e, loading={k: v for k, v in given.items() if k == 'trust_remote_code'}) for e in out[1:]]
     if len(out) == 1: raise BadInput('models', str(folder), 'holds no student yet', 'Wait for the first checkpoint, or train with a smaller --save-every.')
     return out
 
