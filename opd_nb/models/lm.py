@@ -207,6 +207,14 @@ def adapter_base(
         raise BadInput('base_model_name_or_path', base,
                        f'must name the model that the adapters of {path} stand on',
                        'Write its Hub id or folder into adapter_config.json.')
+    if base.startswith(('.', '/', '~')) and not Path(base).is_dir():
+        raise BadInput('base_model_name_or_path', base,
+                       f'is a folder that is not there; the adapters of {path} stand on it',
+                       'Put it back, or write into adapter_config.json where it is now.')
+    if model_file(base, 'adapter_config.json', token, config.get('revision')):
+        raise BadInput('base_model_name_or_path', base,
+                       f'holds adapters itself, and the adapters of {path} stand on it',
+                       'Merge those into their base first (opd export --merge).')
     return base, config.get('revision')
 
 # %% ../../nbs/03_models/02_lm.ipynb #c037
@@ -436,10 +444,6 @@ def load_adapters(
         config = PeftConfig.from_pretrained(source.path, **hub)
         check_adapter_config(config, source)
         base = source.at(*adapter_base(source.path, source.token, source.revision))
-        if model_file(base.path, 'adapter_config.json', base.token, base.revision):
-            raise BadInput(source.role, source.spec,
-                           f'stands on {base.path}, which holds adapters itself',
-                           'Merge those into their base first (opd export --merge).')
     model = load_whole(base, **options)
     with explain_load_errors(source), warnings.catch_warnings():
         warnings.filterwarnings('ignore', message='Found missing adapter keys')  # refused below

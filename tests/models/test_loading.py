@@ -13,6 +13,7 @@ from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_mo
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from opd_nb.cli.app import main
 from opd_nb.core.config import OPDConfig
 from opd_nb.core.errors import BadInput
 from opd_nb.eval.models import lineup
@@ -117,30 +118,50 @@ COMMANDS = dict(
                         '--output-dir', d.parent / 'r'])
 
 
-def run(words, tmp_path, **env):
-    "A command whose stdin says y to everything."
-    env = os.environ | dict(CODE_RAN=str(tmp_path / 'ran'), HF_MODULES_CACHE=str(tmp_path / 'modules'),
-                            HF_HUB_OFFLINE='1') | env
-    return subprocess.run([OPD, *map(str, words)], input='y\n' * 50, capture_output=True, text=True,
-                          cwd=tmp_path, env=env)
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    "A command, at a terminal where somebody says y to everything; what it printed, with its status."
+    asked = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr('builtins.input', lambda *a: asked.append(a) or 'y')
+    monkeypatch.setenv('CODE_RAN', str(tmp_path / 'ran'))
+    monkeypatch.setenv('HF_MODULES_CACHE', str(tmp_path / 'modules'))
+
+    def command(*words):
+        status = main([str(word) for word in words])
+        out = capsys.readouterr()
+        assert not asked
+        return status, out.out + out.err
+    return command
 
 
 @pytest.mark.parametrize('name', COMMANDS)
-def test_commands_ask_nobody(name, tmp_path):
-    "A piped y is no answer, because there is no question."
+def test_commands_ask_nobody(name, tmp_path, run):
+    "A y is no answer, because there is no question."
     data = tmp_path / 'p.jsonl'
     data.write_text('{"prompt": "Make 31 from 3 7 10."}\n' * 4)
     folder = folder_with_code(tmp_path / 'code', 'model')
-    done = run(COMMANDS[name](folder, data), tmp_path)
-    assert done.returncode and 'code of its own' in done.stdout + done.stderr, done.stderr[-600:]
+    status, printed = run(*COMMANDS[name](folder, data))
+    assert status and 'code of its own' in printed
+    assert not (tmp_path / 'ran').exists()
+
+
+def test_a_piped_yes_is_no_answer(tmp_path):
+    "The same with a real stdin."
+    folder = folder_with_code(tmp_path / 'code', 'model')
+    env = os.environ | dict(CODE_RAN=str(tmp_path / 'ran'), HF_MODULES_CACHE=str(tmp_path / 'modules'))
+    done = subprocess.run([OPD, 'chat', folder, '--prompt', 'hi'], input='y\n' * 50, env=env,
+                          capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and 'code of its own' in done.stderr
     assert not (tmp_path / 'ran').exists() and '[y/N]' not in done.stdout + done.stderr
 
 
-def test_a_setting_allows_it(tmp_path):
+def test_a_setting_allows_it(tmp_path, run, monkeypatch):
     "TRUST_REMOTE_CODE=true, in a command that has no flag for it."
     folder = folder_with_code(tmp_path / 'code', 'model')
-    done = run(['chat', folder, '--prompt', 'hi'], tmp_path, TRUST_REMOTE_CODE='true')
-    assert done.returncode == 0, done.stderr[-600:]
+    monkeypatch.setenv('TRUST_REMOTE_CODE', 'true')
+    status, printed = run('chat', folder, '--prompt', 'hi')
+    assert status == 0, printed
     assert (tmp_path / 'ran').exists()
 
 
@@ -154,7 +175,7 @@ def folder_of_run(folder, student, **given):
 
 @pytest.mark.parametrize('where', ['base', 'best', 'adapters'])
 @pytest.mark.parametrize('named', ['run', 'run and base'])
-def test_what_is_evaluated_grants_no_trust(where, named, tmp_path):
+def test_what_is_evaluated_grants_no_trust(where, named, tmp_path, run):
     "trust_remote_code: true in a run's own config.yaml is one more file of a stranger."
     code = folder_with_code(tmp_path / 'code', 'model')
     student = code if where == 'base' else 'tiny:student'
@@ -164,10 +185,11 @@ def test_what_is_evaluated_grants_no_trust(where, named, tmp_path):
     else: copy_of('student', folder / 'best')
     models = [str(folder), *([f'base={student}'] if named != 'run' else [])]
     assert not any('trust_remote_code' in entry.loading for entry in lineup(models))
-    done = run(['eval', '--models', *models, '--tasks', 'countdown', '--limit', 2,
-                '--out', tmp_path / 'report'], tmp_path)
+    if named != 'run': return
+    status, printed = run('eval', '--models', *models, '--tasks', 'countdown', '--limit', 2,
+                          '--out', tmp_path / 'report')
+    assert status and 'code of its own' in printed
     assert not (tmp_path / 'ran').exists()
-    assert 'code of its own' in done.stdout + done.stderr
 
 
 def test_template_and_revision_of_a_run_are_kept(tmp_path):
