@@ -157,9 +157,9 @@ def test_a_piped_yes_is_no_answer(tmp_path):
 
 
 def test_a_setting_allows_it(tmp_path, run, monkeypatch):
-    "TRUST_REMOTE_CODE=true, in a command that has no flag for it."
+    "OPD_TRUST_REMOTE_CODE=true, in a command that has no flag for it."
     folder = folder_with_code(tmp_path / 'code', 'model')
-    monkeypatch.setenv('TRUST_REMOTE_CODE', 'true')
+    monkeypatch.setenv('OPD_TRUST_REMOTE_CODE', 'true')
     status, printed = run('chat', folder, '--prompt', 'hi')
     assert status == 0, printed
     assert (tmp_path / 'ran').exists()
