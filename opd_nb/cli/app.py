@@ -288,9 +288,11 @@ def chat(
                            f'Leave it out for {flags.get_default(name)}.')
     from opd_nb.tools.chat import ChatModel, converse, name_models
     from opd_nb.models.lm import LM
-    secret = OPDConfig().hf_token
-    token = secret.get_secret_value() if secret else None
-    def load(spec): return ChatModel(LM.load(spec, 'student', device=given.device, token=token))
+    config = OPDConfig()
+    token = config.hf_token.get_secret_value() if config.hf_token else None
+    def load(spec):
+        return ChatModel(LM.load(spec, 'student', device=given.device, token=token,
+                                 trust_remote_code=config.trust_remote_code))
     models = {name: load(spec) for name, spec in name_models(given.student, given.base).items()}
     converse(models, given.prompt or typed_lines(), max_new_tokens=given.max_new_tokens,
              temperature=given.temperature, seed=given.seed)
@@ -344,7 +346,7 @@ def export(
         print(f'{file}  {file.stat().st_size / 1e6:.1f} MB; '
               f'try it: opd train --teacher gguf:{file}, or llama-cli -m {file}')
         return 0
-    folder = write_student(run, Path(given.out or out), given.merge,
+    folder = write_student(run, Path(given.out or out), given.merge, OPDConfig().trust_remote_code,
                            licence=given.license, data_licence=given.data_license)
     print(f'student  {folder}\ncard     {folder / "README.md"}')
     if given.push:

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map_only
 from ..core.errors import BadInput
 from ..core.config import OPDConfig
 from .outputs import LOSS_BYTES, BLOCK_BYTES
-from .lm import adapter_base, first_line, model_path, pick_device, pick_dtype
+from .lm import load_config, pick_device, pick_dtype
 
 # %% ../../nbs/03_models/03_memory.ipynb #c006
 @dataclass(frozen=True)
@@ -76,18 +76,15 @@ def shape_of(
     spec: str,                       # folder, Hub id, hf:... or tiny:NAME
     role: str = 'student',           # which embedded model a bare `tiny:` means
     config: OPDConfig | None = None, # LoRA, token; None for a model that is not trained
+    trust_remote_code: bool = False, # run the Python code in its folder
 ) -> Shape:
     "The shape of a model, without its weights. Adapters have the shape of their base."
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
     token = config.hf_token.get_secret_value() if config and config.hf_token else None
-    path, revision = adapter_base(model_path(spec, role), token, config and config.revision)
-    try:
-        model_config = AutoConfig.from_pretrained(path, token=token, revision=revision or 'main')
-    except (OSError, ValueError) as e:
-        raise BadInput(role, spec, f'could not be looked at ({first_line(e, 120)})',
-                       'Check the id, the network and, for a gated model, HF_TOKEN; '
-                       'offline, name a local folder.') from None
-    with torch.device('meta'): return shape(AutoModelForCausalLM.from_config(model_config), config)
+    model_config = load_config(spec, role, token, config and config.revision, trust_remote_code)
+    with torch.device('meta'):
+        model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust_remote_code)
+    return shape(model, config)
 
 # %% ../../nbs/03_models/03_memory.ipynb #c010
 @dataclass(frozen=True)

@@ -88,7 +88,7 @@ def load_options(
     options = dict(
         device_map=config.teacher_device_map,
         revision=config.teacher_revision,
-        trust_remote_code=config.teacher_trust_remote_code or None,
+        trust_remote_code=config.teacher_trust_remote_code,
         attn_implementation=attention)
     if config.teacher_quantize:
         if not importlib.util.find_spec('bitsandbytes'):

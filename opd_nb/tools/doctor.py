@@ -107,11 +107,13 @@ def local_models(
     "The models of a run, without their weights."
     specs = [spec for spec, _ in parse_specs(config.teacher)]
     here = [s for s in specs if s.partition(':')[0] in ('hf', 'tiny') or ':' not in s]
-    teachers = sorted((shape_of(s, 'teacher') for s in here), key=lambda shape: -shape.weights)
+    trusted = config.teacher_trust_remote_code
+    teachers = sorted((shape_of(s, 'teacher', trust_remote_code=trusted) for s in here),
+                      key=lambda shape: -shape.weights)
     files = [Path(s.partition(':')[2]) for s in specs if s.startswith('gguf:')]
     other_bytes = (2 * sum(shape.weights for shape in teachers[1:])
                    + sum(f.stat().st_size for f in files if f.is_file()))
-    student = shape_of(config.student, 'student', config)
+    student = shape_of(config.student, 'student', config, config.trust_remote_code)
     return LocalModels(student, teachers[0] if teachers else None, other_bytes)
 
 

@@ -19,7 +19,7 @@ import yaml
 import opd_nb
 from ..core.errors import BadInput
 from ..core.settings import SECRETS, Settings
-from ..models.lm import LM, adapter_base, model_file, merge_adapters, model_path
+from ..models.lm import LM, load_config, model_file, merge_adapters, model_path
 from ..monitor.run_log import read_log
 
 # %% ../../nbs/11_tools/04_export_hf.ipynb #c006
@@ -254,17 +254,17 @@ def model_card(
 # %% ../../nbs/11_tools/04_export_hf.ipynb #c018
 def stored_dtype(
     spec: str,    # a student
+    trust_remote_code: bool = False, # run the Python code in its folder
 ) -> str:         # 'float32', 'bfloat16' or 'float16'
     "The number format of a model on disk; for adapters, of their base."
-    from transformers import AutoConfig
-    path, revision = adapter_base(model_path(spec))
-    dtype = getattr(AutoConfig.from_pretrained(path, revision=revision or 'main'), 'dtype', None)
+    dtype = getattr(load_config(spec, trust_remote_code=trust_remote_code), 'dtype', None)
     return str(dtype or 'float32').removeprefix('torch.')
 
 def write_student(
     run: StudentRun,
     folder: Path,          # to be made; must not be there
     merge: bool = False,   # adapters into the base
+    trust_remote_code: bool = False, # run the Python code in its folder
     **card: str,           # see `model_card`
 ) -> Path:
     "Write a student and its card."
@@ -275,7 +275,8 @@ def write_student(
     part = folder.with_name(folder.name + '.part')
     shutil.rmtree(part, ignore_errors=True)
     part.parent.mkdir(parents=True, exist_ok=True)
-    lm = LM.load(run.student, dtype=stored_dtype(run.student), device='cpu')
+    lm = LM.load(run.student, dtype=stored_dtype(run.student, trust_remote_code), device='cpu',
+                 trust_remote_code=trust_remote_code)
     if merge and hasattr(lm.model, 'merge_and_unload'): lm = merge_adapters(lm)
     lm.model.save_pretrained(part)
     lm.codec.tok.save_pretrained(part)

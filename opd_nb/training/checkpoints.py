@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 
 from ..core.config import OPDConfig
 from ..core.errors import BadInput
-from ..models.lm import LM, merge_adapters
+from ..models.lm import LM, load_adapter_weights, merge_adapters
 from ..models.fsdp import gather_state, is_sharded, load_optimizer_state, load_sharded_weights
 from ..monitor.run_log import read_log, explain_write_errors
 
@@ -257,10 +257,9 @@ def restore_weights(
 ):
     "Load the student's weights, or its adapters."
     if run.config.lora:
-        from peft import load_peft_weights, set_peft_model_state_dict
-        set_peft_model_state_dict(run.student.model, load_peft_weights(str(folder), device='cpu'))
+        load_adapter_weights(run.student.model, str(folder))
     else:
-        trust = run.config.trust_remote_code or None
+        trust = run.config.trust_remote_code
         saved = LM.load(str(folder), device='cpu', trust_remote_code=trust)
         load_sharded_weights(run.student.model, saved.model.state_dict())
 

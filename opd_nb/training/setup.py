@@ -87,7 +87,7 @@ def load_student(
 
 def _load_model(config: OPDConfig, spec: str) -> LM:
     options = dict(attn_implementation=None if config.attention == 'auto' else config.attention,
-                   revision=config.revision, trust_remote_code=config.trust_remote_code or None)
+                   revision=config.revision, trust_remote_code=config.trust_remote_code)
     given = {k: v for k, v in options.items() if v is not None}
     all_weights = config.dtype == 'auto' and not config.lora
     dtype = 'float32' if all_weights else config.dtype  # small steps vanish in bfloat16 weights
