@@ -12,6 +12,7 @@ import unicodedata
 
 from ..core.errors import BadInput
 from ..core.types import Conversation
+from ..alignment.chat import open_ended, text_of
 from ..models.lm import LM, write
 
 # %% ../../nbs/10_eval/02_scoring.ipynb #c006
@@ -23,8 +24,8 @@ def answer(
     chat: bool = True,         # ask in the model's chat template, if it has one
 ) -> list:                     # text of each
     "What a model answers."
-    plain = lambda c: lm.codec.tok('\n'.join(m['content'] for m in c.prompt))['input_ids']
-    prompts = [lm.codec.prompt(c.prompt) if chat else plain(c) for c in conversations]
+    def plain(c): return open_ended(lm.codec.tok, '\n'.join(text_of(m) for m in c.prompt))
+    prompts = [lm.codec.prompt(c.prompt, None) if chat else plain(c) for c in conversations]
     order, out = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), [''] * len(prompts)
     for start in range(0, len(order), batch):
         rows = order[start:start + batch]
