@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SEQUENCES', 'flatten', 'components', 'spelling_of', 'preserves_text', 'family_of', 'byte_alphabet',
            'sentencepiece_bytes', 'piece_bytes', 'without_edge_effects', 'sequence_without_edge_effects',
-           'mid_text_spec', 'specials_as_text', 'vocabulary_pieces', 'special_ids', 'added_bytes', 'byte_table',
-           'offset_ends', 'TokenBytes', 'repair_utf8']
+           'mid_text_spec', 'stops_as_special', 'specials_as_text', 'vocabulary_pieces', 'special_ids', 'added_bytes',
+           'byte_table', 'offset_ends', 'TokenBytes', 'repair_utf8']
 
 # %% ../../nbs/02_alignment/01_tokens.ipynb #h003
 import json
@@ -144,6 +144,15 @@ def mid_text_spec(
     edges = ('normalizer', 'pre_tokenizer', 'decoder')
     return spec | {key: without_edge_effects(spec[key]) for key in edges}
 
+# %% ../../nbs/02_alignment/01_tokens.ipynb #u004
+def stops_as_special(
+    spec: dict[str, object],   # a tokenizer's own JSON, parsed
+    stop_ids,                  # ids that end a completion
+) -> dict[str, object]:        # the same, with every added token among them flagged special
+    "A tokenizer whose stops are special tokens."
+    added = [a | dict(special=a['special'] or a['id'] in stop_ids) for a in spec['added_tokens']]
+    return spec | dict(added_tokens=added)
+
 # %% ../../nbs/02_alignment/01_tokens.ipynb #u002
 def specials_as_text(
     spec: dict[str, object],   # a tokenizer's own JSON, parsed
@@ -238,6 +247,7 @@ class TokenBytes:
     def from_tokenizer(cls,
         tok,                     # a transformers tokenizer or a `tokenizers.Tokenizer`
         size: int | None = None, # width of the model's head, if there is one
+        stop_ids=(),             # ids that end a completion, flagged special or not
     ) -> 'TokenBytes':
         "Read the table of a fast tokenizer. Warns of one that changes plain text."
         backend = tok if isinstance(tok, Tokenizer) else getattr(tok, 'backend_tokenizer', None)
@@ -246,7 +256,7 @@ class TokenBytes:
                 'tokenizer', type(tok).__name__, 'must be a fast tokenizer',
                 'Convert it once with AutoTokenizer.from_pretrained(..., use_fast=True) '
                 'and save it.')
-        spec = mid_text_spec(json.loads(backend.to_str()))
+        spec = mid_text_spec(stops_as_special(json.loads(backend.to_str()), stop_ids))
         parts = components(spec)
         pieces = vocabulary_pieces(backend, size or 0)
         special = special_ids(spec, parts) | set(getattr(tok, 'all_special_ids', []))

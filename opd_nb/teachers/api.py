@@ -134,7 +134,8 @@ async def score_tokens(
         prefixes = api.prefixes(data, ends, teacher.positions)
         size = teacher.request_size(messages)
         scores = await api.score(ask, teacher.names, messages, prefixes, ids, k, size)
-    else: scores = await api.score(ask, teacher.names, teacher.codec.prompt(messages), ids, k)
+    else: scores = await api.score(ask, teacher.names, teacher.codec.prompt(messages, data),
+                                   ids, k)
     return signal_from_scores(merge_stops(scores, ids, teacher.codec.stop_ids), ids, ends)
 
 # %% ../../nbs/06_teachers/09_api.ipynb #w016
@@ -320,7 +321,7 @@ class APITeacher(Teacher):
         "The request for a completion of a prompt."
         messages = conversation.prompt
         if self.uses_chat: path, prompt = '/chat/completions', dict(messages=messages)
-        else: path, prompt = '/completions', dict(prompt=self.codec.prompt(messages))
+        else: path, prompt = '/completions', dict(prompt=self.codec.prompt(messages, None))
         body = prompt | dict(max_tokens=max_new_tokens, temperature=0)
         return Request(path, body, self.request_size(messages)(''), max_new_tokens)
 

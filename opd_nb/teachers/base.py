@@ -192,8 +192,9 @@ def encode_record(
     "A record in the teacher's tokens, or what is wrong with it."
     which, shown = f'record {i}', completion[0].decode(errors='replace')
     try:
-        prompt_ids = codec.prompt(conversation.prompt)
-        ids, ends = codec.write(*completion)
+        data, stopped = completion  # an empty one that goes on is the teacher's own to write
+        prompt_ids = codec.prompt(conversation.prompt, data if data or stopped else None)
+        ids, ends = codec.write(data, stopped)
     except BadInput as e: return BadInput(which, e.value, e.allowed, e.remedy)
     except ValueError as e:
         remedy = ('Leave the record out, or take a teacher that can read it: '

@@ -13,13 +13,12 @@ from typing import Iterable
 
 import numpy as np
 import torch
-from jinja2.exceptions import TemplateError
 
 from ..core.errors import BadInput
 from ..core.types import Conversation, FullSignal, Head, TopKSignal
 from ..core.config import OPDConfig
 from ..alignment.tokens import TokenBytes
-from ..alignment.chat import ChatCodec, turn_markers
+from ..alignment.chat import ChatCodec
 from ..models.gguf import Reader, Vocabulary, find_file, piece_of
 from ..losses.likelihood import token_logprobs
 from .base import (Capabilities, EncodedRecord, Teacher, decode_completions,
@@ -102,13 +101,10 @@ class FileCodec(ChatCodec):
         self.tok = FileTokenizer(v, template_args)
         encoder = MiddleEncoder(middle)
         self.bytes = TokenBytes(v.table, v.special, v.family, encoder, pieces=v.pieces)
-        try: lead, end = turn_markers(self.tok) if self.tok.chat_template else ('', None)
-        except TemplateError as e:
-            raise BadInput('teacher', path.name, f'has a chat template that fails ({e})',
+        try: self.read_template((self.tok.eos_token_id, self.tok.eot_token_id))
+        except BadInput as e:
+            raise BadInput('teacher', path.name, f'has a chat template that {e.allowed}',
                            'Choose a file that was converted with its template.') from None
-        self.lead = lead.encode()
-        stops = (end, self.tok.eos_token_id, self.tok.eot_token_id)
-        self.stop_ids = tuple(dict.fromkeys(i for i in stops if i is not None))
         if not self.stop_ids:
             raise BadInput('teacher', path.name,
                            'must have an end: EOS or a chat template that ends a turn',

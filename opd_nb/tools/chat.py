@@ -60,7 +60,7 @@ class ChatModel:
     ) -> str:
         "This model's answer, which becomes part of the conversation."
         messages = [*self.messages, dict(role='user', content=text)]
-        ids = self.lm.codec.prompt(messages)
+        ids = self.lm.codec.prompt(messages, None)
         room = min(max_new_tokens, self.lm.context - len(ids))
         if not ids or room < 1:
             raise BadInput('conversation', text,

@@ -286,10 +286,8 @@ def render_prompt(
     conversation: Conversation,
 ) -> str:
     "The prompt as a model sees it."
-    if codec is None or not codec.tok.chat_template:
-        return '\n'.join(m['content'] for m in conversation.prompt)
-    return codec.tok.apply_chat_template(conversation.prompt, tokenize=False,
-                                         add_generation_prompt=True)
+    if codec is None: return '\n'.join(m['content'] for m in conversation.prompt)
+    return codec.render(conversation.prompt, None)
 
 # %% ../../nbs/11_tools/02_inspect_step.ipynb #c029
 def choose_prompt(

@@ -61,9 +61,10 @@ def prompt_ids(
     codec: ChatCodec,                     # of the model that writes
     c: Conversation,
     max_prompt_tokens: int | None = None, # None is no limit
+    completion: bytes | None = None,      # what follows; None if the writer is to write it
 ) -> list[int]:
     "The prompt in the writer's template and tokens, truncated from the left if it is too long."
-    ids = codec.prompt(c.prompt)
+    ids = codec.prompt(c.prompt, completion)
     if max_prompt_tokens is None or len(ids) <= max_prompt_tokens: return ids
     bos = ids[:1] if max_prompt_tokens > 1 and ids[0] == codec.tok.bos_token_id else []
     return [*bos, *ids[len(ids) - max_prompt_tokens + len(bos):]]
@@ -121,6 +122,6 @@ def as_rollout(
     ids, _ = codec.write(c.reference.encode())
     ids = ids[:max_new_tokens]
     data, ends, stopped = codec.read(ids)
-    prompt = prompt_ids(codec, c, max_prompt_tokens)
+    prompt = prompt_ids(codec, c, max_prompt_tokens, data)
     return Rollout(c, tuple(prompt), tuple(ids), tuple(ends.tolist()), data, stopped,
                    on_policy=False)
