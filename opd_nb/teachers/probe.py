@@ -7,7 +7,7 @@ __all__ = ['KNOWN_TEXT', 'PROBE_MESSAGES', 'CHECKED_AT', 'MAX_GAP', 'ProbeStep',
            'JUDGED_TASKS', 'TRIED_ALONE', 'Finding', 'first_token_top', 'median_gap', 'Probe', 'shift_gaps',
            'scoring_finding', 'try_scoring', 'ListedToken', 'listed_reply', 'telling_tokens', 'continued_gap',
            'try_prefix_walk', 'write_text', 'try_continuation', 'try_sequence', 'try_all', 'finding_key',
-           'probe_endpoint', 'choose_mode']
+           'kept_findings', 'probe_endpoint', 'choose_mode']
 
 # %% ../../nbs/06_teachers/07_probe.ipynb #c003
 import hashlib
@@ -21,9 +21,10 @@ from ..hosted.pricing import BudgetReached, TeacherGone
 from ..hosted.store import request_key
 from ..hosted.client import Endpoint, Malformed, Request, Refused
 from .scoring_apis import (Ask, Echo, LlamaCpp, PromptLogprobs, Reply, SGLang,
-                                          TokenNames, TokenScores)
-from .generation_apis import (PREFILLS, SequenceJudge, first_choice, message_text,
-                                             next_token_top, prefilled_body, sendable_prefix)
+                                          TokenNames, TokenScores, read_bytes, read_list, read_row)
+from .generation_apis import (PREFILLS, SequenceJudge, candidates, first_choice,
+                                             listed_tokens, message_text, next_token_top,
+                                             prefilled_body, sendable_prefix)
 
 # %% ../../nbs/06_teachers/07_probe.ipynb #c006
 @dataclass(frozen=True)
@@ -51,13 +52,12 @@ def first_token_top(
     names: TokenNames,  # of the teacher's tokens
 ) -> dict[int, float]:  # id -> nats
     "The listed candidates for the token that was written. Raises `Malformed` if there are none."
+    entries = listed_tokens(reply)
+    if entries: return candidates(entries[0], names)
     logprobs = first_choice(reply).get('logprobs') or {}
-    if logprobs.get('content'):
-        first = logprobs['content'][0]
-        return names.by_id([*(first.get('top_logprobs') or []), first])
-    top = (logprobs.get('top_logprobs') or [None])[-1] or {}
+    top = read_list(logprobs.get('top_logprobs') or [None], 'top_logprobs')[-1] or {}
     if not top: raise Malformed('no logprobs of the tokens it writes')
-    return names.by_id([dict(token=t, logprob=lp) for t, lp in top.items()])
+    return read_row((names.find(t), lp) for t, lp in top.items())
 
 # %% ../../nbs/06_teachers/07_probe.ipynb #c012
 def median_gap(
@@ -163,24 +163,28 @@ class Probe:
     def check_tokenizer(self):
         "Raise `BadInput` if the endpoint counts other tokens, or means other bytes by an id."
         body = dict(prompt=KNOWN_TEXT, max_tokens=1, logprobs=min(5, max(self.k, 1)))
-        reply = self.run(lambda ask: ask(Request('/completions', body, len(self.ids))))
-        counted = (reply.get('usage') or {}).get('prompt_tokens')
+        question = Request('/completions', body, len(self.ids))
+        counted, same_bytes = self.run(lambda ask: ask(question, self.read_known_text))
         own = len(self.codec.tok(KNOWN_TEXT, add_special_tokens=False)['input_ids'])
-        same_count = counted in (None, 0, own, own + 1)
-        if same_count and all(map(self._same_bytes, self._entries(reply))): return
+        if counted in (None, 0, own, own + 1) and same_bytes: return
         raise BadInput(
             'teacher_tokenizer', Path(self.codec.tok.name_or_path).name,
             f'is not the tokenizer of {self.endpoint.who}, which splits the same text differently',
             'Set TEACHER_TOKENIZER to the folder or Hub id of the model that is served.')
 
-    def _entries(self, reply: Reply) -> list[Reply]:
-        content = (first_choice(reply).get('logprobs') or {}).get('content') or []
-        entries = [x for e in content for x in (e, *(e.get('top_logprobs') or ()))]
-        return [x for x in entries if 'id' in x and x.get('bytes')]
+    def read_known_text(self,
+        reply: Reply,                # to the known text as the prompt
+    ) -> tuple[int | None, bool]:    # None where no credible count is said
+        "The tokens that the endpoint counted, and whether its ids mean the bytes they mean here."
+        usage = reply.get('usage') or {}
+        counted, entries = usage.get('prompt_tokens'), listed_tokens(reply)
+        entries = [x for e in entries for x in (e, *(e.get('top_logprobs') or ()))]
+        named = [x for x in entries if type(x.get('id')) is int and x.get('bytes')]
+        return counted if type(counted) is int else None, all(map(self._same_bytes, named))
 
     def _same_bytes(self, entry: Reply) -> bool:
-        tokens = self.codec.bytes
-        return entry['id'] < len(tokens) and bytes(entry['bytes']) == tokens.table[entry['id']]
+        table, i = self.codec.bytes.table, entry['id']
+        return 0 <= i < len(table) and read_bytes(entry['bytes']) == table[i]
 
 # %% ../../nbs/06_teachers/07_probe.ipynb #w003
 def shift_gaps(
@@ -243,17 +247,19 @@ def listed_reply(
     probe: Probe,                    # of the endpoint
 ) -> tuple[int, list[ListedToken]]:  # (k, tokens)
     "What the endpoint writes, with as many candidates as it allows. `Refused` or `Malformed`."
-    def write(ask, k):
-        return ask(probe.chat_question(k), lambda reply: first_choice(reply).get('logprobs'))
-    k, logprobs = probe.run_with_most(write)
-    entries = (logprobs or {}).get('content')
+    def write(ask, k): return ask(probe.chat_question(k), read)
+    def read(reply): return [read_entry(entry) for entry in listed_tokens(reply)]
+    def read_entry(entry):
+        data = read_bytes(entry.get('bytes') or []) or (entry.get('token') or '').encode()
+        top = read_list(entry.get('top_logprobs') or [], 'top_logprobs')
+        return data, probe.names.by_id(top)
+
+    k, entries = probe.run_with_most(write)
     if not entries: raise Malformed('it accepts logprobs and lists none')
-    texts = [bytes(e.get('bytes') or (e.get('token') or '').encode()) for e in entries]
-    whole, ends = b''.join(texts), [0]
-    for text in texts: ends.append(ends[-1] + len(text))
+    whole, ends = b''.join(data for data, _ in entries), [0]
+    for data, _ in entries: ends.append(ends[-1] + len(data))
     prefixes = [sendable_prefix(whole, end) for end in ends[:-1]]
-    tops = [probe.names.by_id(e.get('top_logprobs') or []) for e in entries]
-    return k, [ListedToken(*pair) for pair in zip(prefixes, tops)]
+    return k, [ListedToken(prefix, top) for prefix, (_, top) in zip(prefixes, entries)]
 
 # %% ../../nbs/06_teachers/07_probe.ipynb #w019
 def telling_tokens(
@@ -381,6 +387,19 @@ def finding_key(
                     tokenizer=table, text=KNOWN_TEXT, rules=2)
     return request_key(endpoint.url, 'probe', settings)
 
+# %% ../../nbs/06_teachers/07_probe.ipynb #o002
+def kept_findings(
+    kept,                   # what the cache has; None for nothing
+) -> list[Finding] | None:  # None unless all of it can be read
+    "The findings of an earlier probe."
+    try:
+        found = [Finding(**f) for f in kept or ()]
+    except TypeError:
+        return None
+    types = dict(mode=str, faithful=bool, why=str, k=int, variant=int)
+    readable = all(type(getattr(f, name)) is kind for f in found for name, kind in types.items())
+    return found if found and readable else None
+
 # %% ../../nbs/06_teachers/07_probe.ipynb #w043
 def probe_endpoint(
     endpoint: Endpoint,       # to be asked
@@ -392,8 +411,8 @@ def probe_endpoint(
 ) -> list[Finding]:
     "What a probe finds, from the cache if it was ever made."
     key = finding_key(endpoint, codec, k, mode, every)
-    kept = None if fresh else endpoint.cache.get(key)
-    if kept: return [Finding(**f) for f in kept]
+    kept = None if fresh else kept_findings(endpoint.cache.get(key))
+    if kept: return kept
     probe, found = Probe(endpoint, codec, k), []
     for f in [TRIED_ALONE[mode](probe)] if mode in TRIED_ALONE else try_all(probe):
         if mode in ('auto', f.mode): found.append(f)

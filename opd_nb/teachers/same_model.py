@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from ..core.errors import BadInput
 from ..alignment.chat import ChatCodec
-from ..hosted.client import Endpoint, Malformed
+from ..hosted.client import Endpoint, Malformed, json_reader, strict_reader
 from .probe import Probe, first_token_top, median_gap
 
 log = logging.getLogger('opd_nb')
@@ -42,8 +42,9 @@ def model_gap(
     asked = next(filter(is_cached, questions), None)
     replies = asked and endpoint.again(asked)
     if not replies: return 0.
-    try: cached, new = (first_token_top(reply, probe.names) for reply in replies)
-    except (Malformed, KeyError, IndexError, TypeError, AttributeError): return 0.  # no candidates
+    read = json_reader(strict_reader(lambda reply: first_token_top(reply, probe.names)))
+    try: cached, new = map(read, replies)
+    except Malformed: return 0.  # no candidates
     return median_gap(cached, new)
 
 def check_same_model(
