@@ -23,6 +23,8 @@ import torch
 
 from ..core.errors import BadInput, unknown
 
+warnings.filterwarnings('ignore', message='IProgress not found')  # plain progress bars will do
+
 # %% ../../nbs/03_models/00_files.ipynb #c006
 def tiny_folder(
     name: str,   # 'teacher', 'student' or 'student-bpe'

@@ -9,7 +9,6 @@ __all__ = ['MERGE_TOLERANCE', 'MERGE_TOLERANCE_OTHERWISE', 'pick_device', 'pick_
 
 # %% ../../nbs/03_models/02_lm.ipynb #c003
 import math
-import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -23,8 +22,6 @@ from opd_nb.models.files import (  # some for those who look for them here
     load_adapter_weights, load_config, load_whole, model_file, model_path, tiny_folder,
     tokenizer_path)
 from .outputs import Side
-
-warnings.filterwarnings('ignore', message='IProgress not found')  # plain progress bars will do
 
 # %% ../../nbs/03_models/02_lm.ipynb #c010
 def pick_device(
