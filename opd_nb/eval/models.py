@@ -71,9 +71,7 @@ def of_run(
     "The students that a run left behind, with the one it began with."
     folder = Path(folder).expanduser()
     config = yaml.safe_load((folder / 'config.yaml').read_text())
-    keys = ('template', 'revision', 'trust_remote_code')
-    given = {k: config[k] for k in keys if config.get(k)}
-    trust = {k: v for k, v in given.items() if k == 'trust_remote_code'}
+    given = {k: config[k] for k in ('template', 'revision') if config.get(k)}  # trust is the command line's to give
     saved = saved_students(folder)
     numbers = {n: int(m[1]) for n in saved if (m := re.fullmatch(r'step-(\d+)', n))}
     steps = {n: numbers[n] for n in sorted(numbers, key=numbers.get)}
@@ -81,7 +79,7 @@ def of_run(
     prefix = f'{run}-' if run else ''
     base = Entry(prefix + 'base', config['student'], 0, run, given)
     students = [
-        Entry(prefix + name, str(saved[name]), step, run, trust)
+        Entry(prefix + name, str(saved[name]), step, run)
         for name, step in steps.items()
         if name in saved
     ]

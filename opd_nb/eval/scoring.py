@@ -14,6 +14,7 @@ from typing import Callable
 
 from ..core.errors import BadInput
 from ..core.types import Conversation
+from ..alignment.chat import open_ended, text_of
 from ..models.lm import LM, write
 
 # %% ../../nbs/10_eval/02_scoring.ipynb #c006
@@ -26,9 +27,9 @@ def answer(
 ) -> list[str]:                        # text of each
     "Greedy completions, written in the order of prompt lengths."
     def plain(c: Conversation) -> list[int]:
-        return lm.codec.tok('\n'.join(m['content'] for m in c.prompt))['input_ids']
+        return open_ended(lm.codec.tok, '\n'.join(text_of(m) for m in c.prompt))
 
-    prompts = [lm.codec.prompt(c.prompt) if chat else plain(c) for c in conversations]
+    prompts = [lm.codec.prompt(c.prompt, None) if chat else plain(c) for c in conversations]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     out = [''] * len(prompts)
     for start in range(0, len(order), batch):
