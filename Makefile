@@ -47,7 +47,7 @@ docs: $(VENV)/.dev   ## every notebook as HTML, in _docs
 
 readme: $(VENV)/.dev ## README.md and .env.example from their notebooks
 	@$(BIN)/python .ci/render.py readme README.md
-	@$(BIN)/python -c 'from opd_nb.config import env_example; open(".env.example", "w", encoding="utf-8").write(env_example())'
+	@$(BIN)/python -c 'from opd_nb.core.config import env_example; open(".env.example", "w", encoding="utf-8").write(env_example())'
 
 models: $(VENV)/.base ## train the embedded models anew, into outputs/tiny (about an hour)
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m papermill nbs/runs/tiny_models.ipynb outputs/tiny_models.ipynb

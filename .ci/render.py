@@ -111,7 +111,7 @@ def main():
     parser.add_argument('what', choices=['html', 'readme', 'check'])
     parser.add_argument('target', type=Path, nargs='?')
     parser.add_argument('--check', action='store_true', help='compare instead of writing')
-    a = parser.parse_args()
+    a = parser.parse_intermixed_args()
     if a.what == 'html': return html(a.target)
     if a.what == 'check': return check()
     new = readme()
