@@ -1,0 +1,59 @@
+"The exported code stays easy to read: width of lines, size of functions, contents of lists named, one module for a public name."
+import ast
+from collections import Counter
+from pathlib import Path
+from statistics import median
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = {p: p.read_text(encoding='utf-8') for p in sorted((ROOT / 'opd_nb').rglob('*.py')) if p.name != '_modidx.py'}
+TREES = {p: ast.parse(text) for p, text in SOURCES.items()}
+BARE = ('list', 'dict', 'tuple', 'set')
+
+
+def functions(tree):
+    "Outermost functions, and methods of classes."
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)): yield node
+        if isinstance(node, ast.ClassDef): yield from functions(node)
+
+
+FUNCTIONS = [(p, f) for p, tree in TREES.items() for f in functions(tree)]
+
+
+def lines():
+    for p, f in FUNCTIONS: yield from (x for x in SOURCES[p].splitlines()[f.lineno - 1:f.end_lineno] if x.strip())
+
+
+def sizes(): return sorted(sum(1 for _ in ast.walk(f)) for _, f in FUNCTIONS)
+
+
+def test_lines_are_narrow():
+    widths = [len(x.rstrip()) for x in lines()]
+    assert len(widths) > 5000
+    assert sum(w > 100 for w in widths) <= .02 * len(widths) and sum(w > 120 for w in widths) <= .002 * len(widths)
+
+
+def test_functions_are_small():
+    "Nodes of the syntax tree, so that putting much on one line gains nothing."
+    nodes = sizes()
+    assert nodes[-1] <= 500 and nodes[int(.9 * (len(nodes) - 1))] <= 270 and median(nodes) <= 96, (median(nodes), nodes[-5:])
+
+
+def test_lists_say_what_they_hold():
+    found = Counter()
+    for _, f in FUNCTIONS:
+        given = [a.annotation for a in (*f.args.posonlyargs, *f.args.args, *f.args.kwonlyargs)] + [f.returns]
+        for annotation in filter(None, given):
+            if isinstance(annotation, ast.Name) and annotation.id in BARE: found['bare'] += 1
+            if isinstance(annotation, ast.Subscript) and ast.unparse(annotation.value) in BARE: found['typed'] += 1
+    assert found['typed'] >= .8 * (found['typed'] + found['bare']), found
+
+
+def test_a_public_name_is_defined_once():
+    names = Counter(n.name for tree in TREES.values() for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith('_'))
+    assert sum(n > 1 for n in names.values()) <= 10, [name for name, n in names.items() if n > 1]
+
+
+def test_the_measures_see_what_they_measure():
+    tree = ast.parse('def f(x: list, y: list[int]): return x\nclass A:\n    def g(self): pass')
+    assert [f.name for f in functions(tree)] == ['f', 'g']
