@@ -230,7 +230,7 @@ class SyntheticDataGenerator:
         "A plan of requests that are carried out."
         return self.mixture(n, dict(instruction=1), seed)
 
-    def estimate_plan(self,
+    def estimate(self,
         plan: pd.DataFrame,  # of `make_plan`
     ) -> PlanEstimate:
         "What a plan will take, measured on the replies in the folder if there are any."
