@@ -8,12 +8,12 @@ __all__ = ['RULES', 'HealthWarning', 'Rule', 'rule', 'Watch', 'low_overlap', 'fa
            'teacher_nll_rising', 'exploding_ratio', 'skipped_steps']
 
 # %% ../../nbs/08_monitor/03_alerts.ipynb #c003
-import math
 from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..core.config import OPDConfig
+from .run_log import metric_of
 
 # %% ../../nbs/08_monitor/03_alerts.ipynb #c006
 @dataclass(frozen=True)
@@ -55,9 +55,6 @@ def rule(
     return add
 
 # %% ../../nbs/08_monitor/03_alerts.ipynb #c013
-def _is_number(value):
-    return isinstance(value, (int, float)) and math.isfinite(value)
-
 class Watch:
     "Takes in the events of a run as they come, and returns warnings."
     def __init__(self,
@@ -84,9 +81,10 @@ class Watch:
     def _remember(self, kind, event):
         "Add the metrics of an event to the first and the last values."
         n = self.windows[kind]
-        own_text = event.get('on_policy', 1) > 0
-        for metric, value in event.items():
-            if not _is_number(value) or not (own_text or metric == 'skipped'): continue
+        own_text = metric_of(event, 'on_policy', 1) > 0
+        for metric in event:
+            value = metric_of(event, metric)
+            if value is None or not (own_text or metric == 'skipped'): continue
             first = self.first.setdefault((kind, metric), [])
             if len(first) < n: first.append(value)
             self.last.setdefault((kind, metric), deque(maxlen=n)).append(value)

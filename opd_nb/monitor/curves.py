@@ -11,7 +11,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from .run_log import read_log
+from ..core.text import plain_label
+from .run_log import metric_of, read_log
 from .alerts import HealthWarning
 
 # %% ../../nbs/08_monitor/04_curves.ipynb #w560
@@ -28,21 +29,22 @@ def mark_warning(
     "A dotted line with the name of a warning, at its step."
     ax.axvline(warning.step, c='#c53030', ls=':', lw=1.2)
     ax.margins(y=.15)
-    ax.annotate(warning.name.replace('_', ' '), (warning.step, 1), (3, -3),
+    ax.annotate(plain_label(warning.name.replace('_', ' ')), (warning.step, 1), (3, -3),
                 xycoords=('data', 'axes fraction'), textcoords='offset points',
                 va='top', color='#c53030', fontsize=8)
 
 def _points(events, kind, metric):
     "[(step, value)] of a metric in the events of one kind."
-    return [(e['step'], e[metric]) for e in events
-            if e['event'] == kind and e.get(metric) is not None]
+    return [(e['step'], metric_of(e, metric)) for e in events
+            if e['event'] == kind and metric_of(e, metric) is not None]
 
 def _plot_metric(ax, metric, series, warnings):
     for kind, points in series.items():
         if points: ax.plot(*zip(*points), **STYLES[kind])
     for w in warnings:
         if w.metric == metric: mark_warning(ax, w)
-    ax.set(title=metric.replace('_', ' '), xlabel='step', ylabel=UNITS.get(metric, 'share'))
+    ax.set(title=plain_label(metric.replace('_', ' ')), xlabel='step',
+           ylabel=UNITS.get(metric, 'share'))
     ax.spines[['top', 'right']].set_visible(False)
 
 # %% ../../nbs/08_monitor/04_curves.ipynb #c006

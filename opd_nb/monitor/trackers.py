@@ -8,12 +8,15 @@ __all__ = ['wandb_can_log_in', 'tracker_names', 'tracked_metrics', 'tracked_sett
 # %% ../../nbs/08_monitor/05_trackers.ipynb #c003
 import importlib.util
 import os
+import re
+import reprlib
 import uuid
 from pathlib import Path
 
 from ..core.errors import BadInput, unknown
 from ..core.settings import SECRETS, TRACKERS
 from ..core.config import OPDConfig
+from .run_log import metric_of
 
 # %% ../../nbs/08_monitor/05_trackers.ipynb #c007
 def wandb_can_log_in() -> bool:
@@ -46,8 +49,8 @@ def tracked_metrics(
 ) -> dict[str, float]:
     "The numbers of an event, under the names that a tracker is given."
     kind = event['event']
-    return {f'{kind}/{k}': float(v) for k, v in event.items()
-            if k != 'step' and isinstance(v, (int, float)) and v == v}
+    return {f'{kind}/{k}': float(metric_of(event, k)) for k in event
+            if k != 'step' and metric_of(event, k) is not None}
 
 # %% ../../nbs/08_monitor/05_trackers.ipynb #c012
 def tracked_settings(
@@ -63,8 +66,11 @@ def run_id(
 ) -> str:
     "A random id for the run that stays the same when it is resumed."
     path = Path(folder) / 'run_id'
-    if not path.exists(): path.write_text(uuid.uuid4().hex[:8])
-    return path.read_text().strip()
+    if not path.exists(): path.write_text(uuid.uuid4().hex[:8], encoding='utf-8')
+    found = path.read_bytes().decode('utf-8', errors='replace').strip()
+    if re.fullmatch(r'[\w-]{1,64}', found): return found
+    raise BadInput('run_id', reprlib.repr(found), f'must be a name of letters and digits in {path}',
+                   'Delete that file; the trackers will then show a new run.')
 
 def _tracker_options(folder, step):
     "Arguments of accelerate's trackers, by name."
