@@ -19,7 +19,7 @@ def state() -> dict:
                               grad=torch.is_grad_enabled(), deterministic=torch.are_deterministic_algorithms_enabled())
     for name, module in list(sys.modules.items()):
         if not name.startswith('opd_nb.'): continue
-        for registry in [v for v in vars(module).values() if type(v).__name__ == 'Registry']: found[f'registry of each {registry.kind}'] = sorted(registry.names)
+        for registry in [v for v in vars(module).values() if type(v).__name__ == 'Registry']: found[f'registry of each {registry.kind}'] = sorted(k for k, v in registry.items() if getattr(v, '__module__', '').startswith('__main__'))
     return found
 
 
@@ -29,7 +29,7 @@ def run(notebook: Path) -> tuple[Path, bool, float, list[str]]:
     before = state()
     passed, seconds = test_nb(notebook, skip_flags=['slow', 'gpu'], basepath=ROOT)
     after = state()
-    traces = [f'{k}: {before[k]} before, {after[k]} after' for k in before if before[k] != after[k]]
+    traces = [f'{k}: {before.get(k, [])} before, {after[k]} after' for k in after if k in before and before[k] != after[k] or k not in before and k.startswith('registry') and after[k]]
     return notebook, passed, seconds, traces
 
 
