@@ -71,7 +71,7 @@ def test_presets_are_listed(capsys, preset):
 
 def test_step(capsys):
     status, out, _ = opd(capsys, 'step', '--preset', 'laptop', '--seed', 1)
-    parts = ('the student sees', '[INST]', '<|im_start|>', 'log q', 'gradient norm', 'loss gold')
+    parts = ('the student sees', '[INST]', '<|im_start|>', 'log q', 'gradient norm', 'loss cover')
     assert status == 0 and all(x in out for x in parts)
     prompt = 'Make 31 from 3 7 10.'
     assert prompt in opd(capsys, 'step', '--preset', 'laptop', '--prompt', prompt)[1]

@@ -50,8 +50,8 @@ KEYS = [  # key, a value, the setting it means, what that becomes, the default
     ('EVAL_EVERY', '25', 'eval_every', 25, 50),
     ('PATIENCE', '5', 'patience', 5, 3),
     ('PATIENCE', '0', 'patience', 0, 3),
-    ('MONITOR_METRIC', 'val_top1_agreement', 'monitor', 'top1_agreement', 'top1_agreement'),
-    ('MONITOR_METRIC', 'val_overlap', 'monitor', 'overlap', 'top1_agreement'),
+    ('MONITOR_METRIC', 'val_top1_agreement', 'monitor', 'top1_agreement', 'auto'),
+    ('MONITOR_METRIC', 'val_overlap', 'monitor', 'overlap', 'auto'),
     ('MONITOR_MODE', 'min', 'monitor_mode', 'min', 'max'),
     ('BASE_MODEL_ID', 'g/h', 'base_model', 'g/h', None),
     ('SFT_MODEL_PATH', './sft', 'sft_model', './sft', None),
@@ -164,7 +164,7 @@ def test_order_of_places(tmp_path, monkeypatch):
 def test_prompts_of_the_laptop_are_those_of_the_game():
     from opd_nb.lab import countdown
     from opd_nb.data.formats import load_conversations
-    assert load_conversations(read_preset('laptop')['data']) == countdown.draw(1000, answers=True)
+    assert load_conversations(read_preset('laptop')['data']) == countdown.draw(8000)
 
 
 def test_nothing_secret_in_a_message(tmp_path):

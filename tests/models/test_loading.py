@@ -307,13 +307,13 @@ def test_adapters_of_a_base_that_is_not_whole(adapters, tmp_path):
 @pytest.mark.parametrize('damage', ADAPTER_DAMAGE)
 def test_resumed_adapters_fit(damage, adapters):
     "A run that is continued with other adapters than it saved would begin anew."
-    from opd_nb.models.lm import load_weights
+    from opd_nb.training.checkpoints import restore_weights
     from types import SimpleNamespace
     change, says = ADAPTER_DAMAGE[damage]
     run = SimpleNamespace(config=settings(lora=True), student=LM.load(str(adapters)))
-    load_weights(run, adapters)
+    restore_weights(run, adapters)
     rewrite(adapters / 'adapter_model.safetensors', change)
-    with pytest.raises(BadInput, match=says): load_weights(run, adapters)
+    with pytest.raises(BadInput, match=says): restore_weights(run, adapters)
 
 
 @pytest.mark.parametrize('kind', [PromptTuningConfig, PrefixTuningConfig])
