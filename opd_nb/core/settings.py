@@ -145,6 +145,8 @@ class DataSettings(BaseModel):
         'Prompts to train on: a JSON, JSONL, CSV, parquet or text file, or OWNER/NAME on the Hub.')
     num_samples: Annotated[int | None, also_written(all=None)] = setting(None,
         'How many rows of the data to use; all if not set.', 'rows', ge=1)
+    on_error: Literal['raise', 'skip'] = setting('raise',
+        'Of a bad row in the data: end, or skip it, count it and keep it in a file.')
     turns: Literal['last', 'all'] = setting('last',
         'Of records with several turns: write the last answer, or each in turn.')
     val_fraction: float = setting(.1,

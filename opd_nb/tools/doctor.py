@@ -231,7 +231,7 @@ def tokenizer_line(
     "How similar two tokenizers are, on the prompts if there are any."
     texts, what = [TEXT], 'a plain text'
     if config.data:
-        texts = [c.prompt[-1]['content'] for c in load_conversations(config.data, limit=100)]
+        texts = [c.prompt[-1]['content'] for c in load_conversations(config.data, config.on_error, 100)]
         what = 'the prompts'
     same = similarity(student.bytes, teacher.bytes, texts)
     text = (f"{same['student_matched']:.0%} of the student's tokens and "
@@ -380,7 +380,7 @@ def check_data(
 ) -> Generator[Line, None, list[Conversation]]:  # returns the prompts; none if they cannot be read
     "Data, folder, and the reward if the method is grpo."
     def load():
-        if config.data: return load_conversations(config.data, limit=config.num_samples)
+        if config.data: return load_conversations(config.data, config.on_error, config.num_samples)
         return [choose_prompt(config)]
     rows, wrong = attempt('data', load)
     yield from wrong or [data_line(config, rows)]

@@ -296,7 +296,7 @@ def choose_prompt(
 ) -> Conversation:
     "The prompt for a first look at a pair."
     if prompt: return Conversation((dict(role='user', content=prompt),))
-    if config.data: return load_conversations(config.data, limit=1)[0]
+    if config.data: return load_conversations(config.data, config.on_error, 1)[0]
     return Conversation((dict(role='user', content='Tell me a story.'),))
 
 # %% ../../nbs/11_tools/02_inspect_step.ipynb #w004

@@ -158,7 +158,8 @@ def load_prompts(
     config: OPDConfig,
 ) -> tuple[list[Conversation], list[Conversation]]:  # to train on, to validate
     "The data of a run, with references if its method needs them."
-    rows = require_references(load_conversations(config.data, limit=config.num_samples), config)
+    rows = load_conversations(config.data, config.on_error, config.num_samples)
+    rows = require_references(rows, config)
     train, val = split(rows, config.val_fraction)
     if config.turns == 'all':
         train, val = ([turn for c in rows for turn in each_turn(c)] for rows in (train, val))

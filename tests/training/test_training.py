@@ -208,3 +208,17 @@ def test_the_base_of_another_student_is_not_taken(prompts, tmp_path):
         return str(tmp_path / name)
     vocabulary = lambda name: load_student(config(prompts, tmp_path / 'run', student=adapter(name), lora=True)).model.config.vocab_size
     assert vocabulary('student') == 480 and vocabulary('student-bpe') == 277
+
+
+def test_bad_rows_are_skipped_when_asked(tmp_path):
+    "--on-error skip, as the refusal of a bad row says."
+    data = tmp_path / 'p.jsonl'
+    good = [json.dumps(dict(prompt=f'Make {i} from 3 7 10.')) for i in range(20, 28)]
+    data.write_text('\n'.join([*good, '{"prompt": 7, "respons']) + '\n')
+    with pytest.raises(BadInput, match='--on-error skip'): prepare_data(tmp_path, data)
+    assert len(prepare_data(tmp_path, data, on_error='skip').train) == 8
+
+
+def prepare_data(tmp_path, data, **settings):
+    from opd_nb.training.setup import prepare
+    return prepare(OPDConfig(_env_file=None, student='tiny:student', teacher='tiny:teacher', data=str(data), val_fraction=0, output_dir=tmp_path / 'run', device='cpu', **settings))
