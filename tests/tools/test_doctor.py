@@ -29,7 +29,7 @@ def test_doctor_looks_at_a_real_server(llama, tmp_path, capsys):
     status, lines, text = opd(capsys, *words, '--student', 'tiny:', '--loss', 'bpm')
     found = {topic: (level, said) for level, topic, said in lines if topic != 'way'}
     assert status == 0 and {level for level, *_ in lines} <= {'ok', 'warning'} and KEY not in text
-    assert found['mode'] == ('ok', 'llama_cpp') and '8 likeliest' in found['scores'][1] and 'bpm' in found['losses'][1]
+    assert found['mode'] == ('ok', 'llama_cpp') and 'top 8' in found['scores'][1] and 'bpm' in found['losses'][1]
     assert any(topic == 'way' and said.startswith('llama_cpp: yes') for _, topic, said in lines) and any(said.startswith('prompt_logprobs: no') for _, topic, said in lines)
     cost = found['one'][1]
     assert ' requests' in cost and '$0.000000' not in cost and '$' in cost
