@@ -33,7 +33,7 @@ $(VENV)/.lab: $(VENV)/.base
 demo: $(VENV)/.base  ## distil across tokenizers, offline, and show the rise
 	@HF_HUB_OFFLINE=1 $(BIN)/opd demo --output-dir outputs/quickstart $(ARGS)
 
-test: $(VENV)/.dev   ## every notebook and every test, a quarter of an hour on two cores
+test: $(VENV)/.dev   ## every notebook and every test
 	@PATH="$(abspath $(BIN)):$$PATH" sh .ci/test
 
 test-slow: $(VENV)/.dev  ## the tests that take minutes each; the last lines say which ran

@@ -2,7 +2,12 @@
 
 Several notebooks share a process, so what one leaves behind could make the next pass or fail. After each notebook its
 traces are looked for: torch's defaults, environment variables, the working directory, names in the package's registries."""
-import argparse, os, sys, time
+import argparse
+import json
+import os
+import re
+import sys
+import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -17,19 +22,45 @@ def state() -> dict:
     if torch := sys.modules.get('torch'):
         found['torch'] = dict(dtype=str(torch.get_default_dtype()), threads=torch.get_num_threads(), device=str(torch.get_default_device()),
                               grad=torch.is_grad_enabled(), deterministic=torch.are_deterministic_algorithms_enabled())
-    for name, module in list(sys.modules.items()):
-        if not name.startswith('opd_nb.'): continue
-        for registry in [v for v in vars(module).values() if type(v).__name__ == 'Registry']: found[f'registry of each {registry.kind}'] = sorted(k for k, v in registry.items() if getattr(v, '__module__', '').startswith('__main__'))
     return found
+
+
+def registries() -> list:
+    "The registries of all modules that are imported."
+    modules = [m for name, m in list(sys.modules.items()) if name.startswith('opd_nb.')]
+    return list({id(v): v for m in modules for v in vars(m).values() if type(v).__name__ == 'Registry'}.values())
+
+
+def exported(notebook: Path) -> str:
+    "The text of the cells that a notebook exports."
+    cells = json.loads(notebook.read_text(encoding='utf-8'))['cells']
+    texts = [''.join(c['source']) for c in cells if c['cell_type'] == 'code']
+    return '\n'.join(t for t in texts if re.search(r'^#\|\s*export', t, re.M))
+
+
+def put_back(known: dict[int, dict], notebook: Path) -> list[str]:
+    """Take out of the registries what this notebook registered, and name what it does not export.
+
+    A notebook of a loss registers that loss, as its module will; the next notebook shall find the module's."""
+    traces, own = [], exported(notebook)
+    for registry in registries():
+        before = known.get(id(registry), {})
+        for name, value in list(registry.items()):
+            if not getattr(value, '__module__', '').startswith('__main__') or before.get(name) is value: continue
+            if f"'{name}'" not in own and f'def {name}' not in own: traces.append(f'{name!r} is left in the registry of each {registry.kind}')
+            if name in before: registry[name] = before[name]
+            else: del registry[name]
+    return traces
 
 
 def run(notebook: Path) -> tuple[Path, bool, float, list[str]]:
     "One notebook: whether it passed, its seconds, and what it left behind."
     from nbdev.test import test_nb
-    before = state()
+    before, known = state(), {id(r): dict(r) for r in registries()}
     passed, seconds = test_nb(notebook, skip_flags=['slow', 'gpu'], basepath=ROOT)
     after = state()
-    traces = [f'{k}: {before.get(k, [])} before, {after[k]} after' for k in after if k in before and before[k] != after[k] or k not in before and k.startswith('registry') and after[k]]
+    if 'torch' in after: before.setdefault('torch', after['torch'] | dict(dtype='torch.float32', grad=True, deterministic=False))  # as torch begins
+    traces = [f'{k}: {before[k]} before, {after[k]} after' for k in before if before[k] != after[k]] + put_back(known, notebook)
     return notebook, passed, seconds, traces
 
 
@@ -43,7 +74,7 @@ def main() -> int:
     start = time.perf_counter()
     import notebooks as module  # by name: a notebook replaces `__main__` in its process, and `__main__.run` would not be found
     with ProcessPoolExecutor(args.workers, mp_context=get_context('spawn')) as pool: results = list(pool.map(module.run, paths))
-    name = lambda p: p.relative_to(ROOT / 'nbs')
+    def name(p): return os.path.relpath(p, ROOT / 'nbs')
     for notebook, _, seconds, _ in sorted(results, key=lambda r: -r[2])[:30]: print(f'{seconds:6.1f} s  {name(notebook)}')
     for notebook, _, _, traces in results:
         for trace in traces: print(f'{name(notebook)} leaves something behind: {trace}')

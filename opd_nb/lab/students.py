@@ -19,7 +19,7 @@ from opd_nb.lab.tiny_models import (
     byte_level_tokenizer,
     make_tiny,
     sentencepiece_tokenizer,
-    training_text,
+    train_sentencepiece,
 )
 
 # %% ../../nbs/12_lab/04_students.ipynb #c006
@@ -29,36 +29,7 @@ def crossing_tokenizer(
     max_chars: int = 4,  # of a piece
 ):
     "A SentencePiece tokenizer whose pieces go across signs, numbers and spaces."
-    import json
-    from tokenizers import Tokenizer, decoders, models, normalizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    t = Tokenizer(models.BPE(byte_fallback=True, unk_token='<unk>', fuse_unk=True))
-    t.normalizer = normalizers.Replace(' ', '▁')
-    t.decoder = decoders.Sequence(
-        [decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse()]
-    )
-    special = ['<unk>', '<s>', '</s>', '[INST]', '[/INST]']
-    t.train_from_iterator(
-        training_text(seed=1),
-        trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            special_tokens=special + [f'<0x{i:02X}>' for i in range(256)],
-            show_progress=False,
-            max_token_length=max_chars,
-        ),
-    )
-    spec = json.loads(t.to_str())
-    # the bytes are ordinary pieces
-    spec['added_tokens'] = [a for a in spec['added_tokens'] if a['content'] in special]
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(spec)),
-        bos_token='<s>',
-        eos_token='</s>',
-        unk_token='<unk>',
-        pad_token='<unk>',
-        chat_template=template,
-    )
+    return train_sentencepiece(vocab_size, template, max_chars=max_chars)
 
 # %% ../../nbs/12_lab/04_students.ipynb #c007
 def teachers_own():

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHATML', 'TURNS', 'INST', 'TOKENIZERS', 'RECIPES', 'from_lines', 'training_text', 'byte_level_tokenizer',
-           'sentencepiece_tokenizer', 'new_model', 'Lessons', 'pretrain', 'Recipe', 'make_tiny']
+           'train_sentencepiece', 'sentencepiece_tokenizer', 'new_model', 'Lessons', 'pretrain', 'Recipe', 'make_tiny']
 
 # %% ../../nbs/12_lab/02_tiny_models.ipynb #h003
 import itertools
@@ -75,39 +75,42 @@ def byte_level_tokenizer(
     )
 
 # %% ../../nbs/12_lab/02_tiny_models.ipynb #c033
+def train_sentencepiece(
+    vocab_size: int,              # pieces, the 256 bytes included
+    template: str = '',           # chat template
+    pre_tokenizer=None,           # keeps pieces apart; none lets them go across signs and spaces
+    max_chars: int | None = None, # of a piece
+):
+    "A SentencePiece tokenizer with byte fallback, trained on the game."
+    from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    t = Tokenizer(models.BPE(byte_fallback=True, unk_token='<unk>', fuse_unk=True))
+    t.normalizer = normalizers.Replace(' ', '▁')
+    if pre_tokenizer: t.pre_tokenizer = pre_tokenizer
+    t.decoder = decoders.Sequence(
+        [decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse()])
+    special = ['<unk>', '<s>', '</s>', '[INST]', '[/INST]']
+    pieces = special + [f'<0x{i:02X}>' for i in range(256)]
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=pieces,
+                                  show_progress=False, max_token_length=max_chars)
+    t.train_from_iterator(training_text(seed=1), trainer)
+    spec = json.loads(t.to_str())
+    # the bytes are ordinary pieces
+    spec['added_tokens'] = [a for a in spec['added_tokens'] if a['content'] in special]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(spec)), bos_token='<s>', eos_token='</s>',
+        unk_token='<unk>', pad_token='<unk>', chat_template=template)
+
+
 def sentencepiece_tokenizer(
     vocab_size: int,     # pieces, the 256 bytes included
     template: str = '',  # chat template
 ):
     "A Llama-2-style tokenizer of the game."
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    t = Tokenizer(models.BPE(byte_fallback=True, unk_token='<unk>', fuse_unk=True))
-    t.normalizer = normalizers.Replace(' ', '▁')
-    t.pre_tokenizer = pre_tokenizers.Split(
-        Regex('▁?[0-9]+|▁?[A-Za-z]+|▁|[^▁0-9A-Za-z]'), 'isolated'
-    )
-    t.decoder = decoders.Sequence(
-        [decoders.Replace('▁', ' '), decoders.ByteFallback(), decoders.Fuse()]
-    )
-    special = ['<unk>', '<s>', '</s>', '[INST]', '[/INST]']
-    pieces = special + [f'<0x{i:02X}>' for i in range(256)]
-    t.train_from_iterator(
-        training_text(seed=1),
-        trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=pieces, show_progress=False),
-    )
-    spec = json.loads(t.to_str())
-    # the bytes are ordinary pieces
-    spec['added_tokens'] = [a for a in spec['added_tokens'] if a['content'] in special]
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(spec)),
-        bos_token='<s>',
-        eos_token='</s>',
-        unk_token='<unk>',
-        pad_token='<unk>',
-        chat_template=template,
-    )
+    from tokenizers import Regex, pre_tokenizers
+    pattern = Regex('▁?[0-9]+|▁?[A-Za-z]+|▁|[^▁0-9A-Za-z]')
+    return train_sentencepiece(vocab_size, template, pre_tokenizers.Split(pattern, 'isolated'))
 
 # %% ../../nbs/12_lab/02_tiny_models.ipynb #c034
 CHATML = (

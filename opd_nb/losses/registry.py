@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOSSES', 'DEFAULT_LOSS', 'register_loss', 'is_served', 'losses_served', 'loss_parameters', 'check_options',
-           'get_loss', 'refusal']
+           'comparable_chunks', 'get_loss', 'refusal']
 
 # %% ../../nbs/04_losses/03_registry.ipynb #h003
 import inspect
@@ -14,8 +14,10 @@ import numpy as np
 from ..core.errors import BadInput, unknown
 from ..core.types import ACCESS, Access
 from ..core.registry import Registry
+from ..alignment.chunks import Alignment
 from ..alignment.vocab import VocabMap, same_vocabulary
 from ..alignment.prefix_queries import template_bytes, is_textless
+from ..models.outputs import Side, TopKSide
 
 # %% ../../nbs/04_losses/03_registry.ipynb #c040
 LOSSES = Registry('loss', **{
@@ -74,6 +76,23 @@ def check_options(
         if option not in loss_parameters(name):
             raise unknown(f'option of the loss {name}', option, loss_parameters(name))
 
+# %% ../../nbs/04_losses/03_registry.ipynb #n003
+def comparable_chunks(
+    student: Side,
+    teacher: Side | TopKSide,
+    alignment: Alignment,
+    vocab: VocabMap,
+) -> Alignment:
+    """The chunks in which two distributions mean the same to both sides: neither template put other
+    bytes before the first token, and the student wrote no token without text that ends nothing."""
+    ends = alignment.student_ends, alignment.teacher_ends
+    own, its = (template_bytes(side.ids, of_side, alignment.stride, tokens)
+                for side, of_side, tokens in zip((student, teacher), ends, vocab.tokens))
+    textless = np.append(0, is_textless(student.ids, vocab).cpu().numpy().cumsum())
+    start, past = alignment.student_start, alignment.student_start + alignment.student_len
+    same_lead = (own[start] == its[alignment.teacher_start]).all(-1)
+    return alignment.select(same_lead & (textless[past] == textless[start]))
+
 # %% ../../nbs/04_losses/03_registry.ipynb #c042
 DEFAULT_LOSS = 'cover'  # different vocabularies: says most where they differ most, runs/countdown
 
@@ -90,21 +109,16 @@ def get_loss(
         others = ', '.join(k for k, x in LOSSES.load_all().items() if not x.same_vocab)
         differ = 'have different ones'
         if None not in vocab.tokens and same_vocabulary(*vocab.tokens):
-            differ = f'end a turn with different tokens: {set(vocab.stops[0])} and {set(vocab.stops[1])}'
+            own, its = map(set, vocab.stops)
+            differ = f'end a turn with different tokens: {own} and {its}'
         raise BadInput('loss', name, f'needs one vocabulary, but student and teacher {differ}',
                        f'Choose one that aligns bytes: {others}.')
     check_options(name, options)
 
     def checked(student, teacher, alignment):
         if not is_served(loss, teacher.access): raise refusal(name, teacher.access)
-        compares_distributions = bool(loss.needs & {'full', 'topk'})
-        if compares_distributions and None not in vocab.tokens:
-            s, t = (template_bytes(side.ids, ends, alignment.stride, tokens) for side, ends, tokens in zip(
-                (student, teacher), (alignment.student_ends, alignment.teacher_ends), vocab.tokens))
-            silent = np.append(0, is_textless(student.ids, vocab).cpu().numpy().cumsum())
-            start, past = alignment.student_start, alignment.student_start + alignment.student_len
-            same_lead = (s[start] == t[alignment.teacher_start]).all(-1)
-            alignment = alignment.select(same_lead & (silent[past] == silent[start]))
+        if loss.needs & {'full', 'topk'} and None not in vocab.tokens:
+            alignment = comparable_chunks(student, teacher, alignment, vocab)
         return loss(student, teacher, alignment, vocab, **options)
 
     checked.name = name

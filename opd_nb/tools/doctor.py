@@ -329,7 +329,7 @@ def dollars_line(
 
 
 def overlap_line(
-    metrics: dict[str, float],   # see `health`
+    metrics: dict[str, float],   # see `agreement_metrics`
 ) -> Line:
     "How far apart student and teacher are."
     text = (f"{metrics['overlap']:.0%} of the likeliest tokens are common, "

@@ -141,7 +141,7 @@ class Step:
     grad_norm: float              # before clipping
     predicted_drop: float         # of the loss after a tiny step, in nats, see `check_loss_gradient`
     measured_drop: float
-    metrics: dict[str, float] = field(default_factory=dict)  # see `health`
+    metrics: dict[str, float] = field(default_factory=dict)  # see `agreement_metrics`
 
     def plot(self): return plot_alignment(*self.token_bytes, self.alignment)
 
@@ -307,7 +307,7 @@ class Round:
     rollouts: list[Rollout]
     sampling: float             # seconds for all of them
     training: float             # seconds for those that were scored and trained on
-    metrics: dict[str, float]   # see `health`; empty for a hosted teacher
+    metrics: dict[str, float]   # see `agreement_metrics`; empty for a hosted teacher
 
 
 def probe_round(
@@ -341,7 +341,7 @@ class RolloutCost:
     tokens: float             # in one
     truncated: float          # share that reached the limit on length
     dollars: float | None     # for one; None if the price is unknown
-    metrics: dict[str, float] # see `health`
+    metrics: dict[str, float] # see `agreement_metrics`
 
 
 def probe(

@@ -1,5 +1,7 @@
 "The rendering of notebooks as pages: formulas without a network, links that lead somewhere."
 import importlib.util
+import subprocess
+import sys
 
 import nbformat
 import pytest
@@ -55,3 +57,16 @@ def test_a_link_that_leads_nowhere_fails_the_build(site, capsys):
 def test_pages_fetch_nothing(site):
     _, pages = site(a='$x$')
     assert 'src="http' not in (pages / 'a.html').read_text()
+
+
+@pytest.mark.parametrize('cell, says', [
+    ("import os; os.environ['LEFT_BEHIND'] = '1'", 'LEFT_BEHIND'),
+    ('import torch; torch.set_default_dtype(torch.float64)', 'float64'),
+    ("from opd_nb.core.registry import Registry; import opd_nb.training.methods as m; m.register_method('left')(lambda run: 0)", "'left' is left"),
+    ('assert 1 == 2', 'failed'),
+    ('assert 1 == 1', None)])
+def test_what_a_notebook_leaves_behind_is_seen(cell, says, tmp_path):
+    "By the runner of `make test`; a notebook that fails, or leaves something, fails the run."
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell)]), tmp_path / 'planted.ipynb')
+    done = subprocess.run([sys.executable, ROOT / '.ci' / 'notebooks.py', tmp_path / 'planted.ipynb', '--workers', '1'], capture_output=True, text=True)
+    assert done.returncode == int(says is not None) and (says or 'all passed') in done.stdout, done.stdout + done.stderr[-1000:]
