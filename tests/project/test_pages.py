@@ -59,14 +59,24 @@ def test_pages_fetch_nothing(site):
     assert 'src="http' not in (pages / 'a.html').read_text()
 
 
-@pytest.mark.parametrize('cell, says', [
-    ("import os; os.environ['LEFT_BEHIND'] = '1'", 'LEFT_BEHIND'),
-    ('import torch; torch.set_default_dtype(torch.float64)', 'float64'),
-    ("from opd_nb.core.registry import Registry; import opd_nb.training.methods as m; m.register_method('left')(lambda run: 0)", "'left' is left"),
-    ('assert 1 == 2', 'failed'),
-    ('assert 1 == 1', None)])
-def test_what_a_notebook_leaves_behind_is_seen(cell, says, tmp_path):
-    "By the runner of `make test`; a notebook that fails, or leaves something, fails the run."
-    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell)]), tmp_path / 'planted.ipynb')
-    done = subprocess.run([sys.executable, ROOT / '.ci' / 'notebooks.py', tmp_path / 'planted.ipynb', '--workers', '1'], capture_output=True, text=True)
-    assert done.returncode == int(says is not None) and (says or 'all passed') in done.stdout, done.stdout + done.stderr[-1000:]
+LEAVES = """import os, torch
+from opd_nb.losses.registry import LOSSES
+os.environ['LEFT_BEHIND'] = '1'
+torch.set_default_dtype(torch.float64)
+LOSSES['left'] = abs"""
+FINDS_NOTHING = """import os, torch
+from opd_nb.losses.registry import LOSSES
+assert 'left' not in LOSSES and 'LEFT_BEHIND' not in os.environ and torch.get_default_dtype() == torch.float32"""
+
+
+@pytest.mark.parametrize('cells, says', [
+    ([LEAVES, FINDS_NOTHING], '2 notebooks'),
+    (['assert 1 == 2', 'assert 1 == 1'], 'failed: '),
+    (['import os; os._exit(3)', '1'], 'ended with code 3')], ids=['left behind', 'fails', 'crashes'])
+def test_the_runner_gives_each_notebook_a_process(cells, says, tmp_path):
+    "By the runner of `make test`: what the first leaves behind, the second does not find; failures fail the run."
+    paths = [tmp_path / f'{i}.ipynb' for i in range(len(cells))]
+    for path, cell in zip(paths, cells): nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell)]), path)
+    done = subprocess.run([sys.executable, ROOT / '.ci' / 'notebooks.py', *paths, '--workers', '1'], capture_output=True, text=True)
+    assert says in done.stdout and done.returncode == int('all passed' not in done.stdout), done.stdout + done.stderr[-1000:]
+    assert ('all passed' in done.stdout) == (cells[0] == LEAVES)
