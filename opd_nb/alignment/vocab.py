@@ -49,6 +49,16 @@ class Events:
         each = each.masked_fill(events.groups < 0, -torch.inf)
         return out.index_copy(1, events.shared, each.logsumexp(-1))
 
+    def sums(self,
+        probs: torch.Tensor,  # [N, V] probabilities over the vocabulary
+    ) -> torch.Tensor:        # [N, E]
+        "Probability of each event: the sum over its ids."
+        events = self.to(probs.device)
+        out = probs.index_select(1, events.ids)
+        if not len(events.shared): return out
+        each = probs[:, events.groups.clamp(min=0)].masked_fill(events.groups < 0, 0)
+        return out.index_copy(1, events.shared, each.sum(-1))
+
     def to(self,
         device,    # torch device
     ) -> 'Events':

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['target_columns', 'map_remainders', 'boundary_targets', 'target_inside', 'move_to_longer', 'add_inside_and_longer',
-           'prefix_targets', 'non_text_ids', 'writes_whitespace_alone', 'Compared', 'student_events', 'without_open',
-           'marginal_jsd', 'locate_sides', 'bpm']
+           'prefix_targets', 'HeadEvents', 'ids_of_events', 'head_events', 'writes_whitespace_alone', 'Compared',
+           'without_open', 'jsd_with_outside', 'marginal_jsd', 'locate_sides', 'bpm']
 
 # %% ../../nbs/04_losses/05_byte_prefix.ipynb #c003
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -17,15 +17,15 @@ import torch
 
 from ..core.errors import unknown
 from ..alignment.chunks import Alignment
-from ..alignment.vocab import VocabMap
+from ..alignment.vocab import Events, VocabMap
 from ..alignment.prefix_maps import PrefixMap, SortedVocab, cached_for_pair, prefix_map
 from ..alignment.byte_positions import Located, Location, LongerToken, locate
 from ..alignment.byte_positions import BatchText, batch_text, containing_tokens, start_offsets  # noqa: F401
 from ..models.outputs import TopKSide, Side
-from .divergences import FLOOR, jsd
+from .divergences import FLOOR, NO_POOLS, Pools, jsd, pool_events, target_kl
 from .chunked import Block, LossOutput, sum_over_blocks
 from .registry import register_loss
-from .matched import gkd, unmatched
+from .matched import gkd
 
 # %% ../../nbs/04_losses/05_byte_prefix.ipynb #c018
 def target_columns(
@@ -56,8 +56,8 @@ def map_remainders(
 
 # %% ../../nbs/04_losses/05_byte_prefix.ipynb #b009
 def boundary_targets(
-    q: torch.Tensor,         # [M, V_t] the teacher's log-probabilities
-    events: torch.Tensor,    # [M, E_t] probabilities of its events
+    q: torch.Tensor,         # [M, V_t] the teacher's probabilities
+    events: torch.Tensor,    # [M, E_t] of its events
     at: torch.Tensor,        # [U] teacher position of each unit
     offset: torch.Tensor,    # [U] see `Location`
     px: PrefixMap,            # of the pair
@@ -66,10 +66,10 @@ def boundary_targets(
     "Targets where both sides begin a token, or end; zeros at positions inside a teacher token."
     n = len(px.student)
     t = q.new_zeros(len(at), n + 3)
-    whole = (offset == 0).nonzero()[:, 0]
     columns = target_columns(px.phi[px.start[:-1]], n, q.device)
-    t[whole] = t[whole].scatter_add(1, columns.expand(len(whole), -1), events[at[whole]])
-    t[offset <= 0, n] = q[:, teacher_stops].exp().sum(-1)[at[offset <= 0]]
+    whole = (offset == 0).nonzero()[:, 0]
+    t[whole] = t.new_zeros(len(whole), n + 3).index_add_(1, columns, events[at[whole]])
+    t[offset <= 0, n] = q[:, teacher_stops].sum(-1)[at[offset <= 0]]
     return t
 
 # %% ../../nbs/04_losses/05_byte_prefix.ipynb #c021
@@ -134,7 +134,7 @@ def add_inside_and_longer(
 
 # %% ../../nbs/04_losses/05_byte_prefix.ipynb #c023
 def prefix_targets(
-    q: torch.Tensor,       # [M, V_t] the teacher's log-probabilities
+    q: torch.Tensor,       # [M, V_t] the teacher's probabilities
     block: Block,          # with one unit for each target
     located: Located,      # positions of the batch
     px: PrefixMap,          # of the pair
@@ -145,25 +145,107 @@ def prefix_targets(
     "Probabilities of the student's E events, of its stop, and of what is open, at each position."
     here, at = located.at[block.units], block.teacher_start
     offset = torch.tensor([x.offset for x in here], device=q.device)
-    events = px.teacher.events.gather(q).exp()
+    events = px.teacher.events.sums(q)
     t = boundary_targets(q, events, at, offset, px, list(teacher_stops))
-    known = (q[at] > -1e3).any(-1)
+    known = q.amax(-1)[at] > 0
     if lists: return t[:, :-1], known & (offset <= 0)
-    logprobs = q.gather(1, block.teacher_ids[:, None])[:, 0]
+    logprobs = q.gather(1, block.teacher_ids[:, None])[:, 0].log()
     for i, (location, row) in enumerate(zip(here, at.tolist())):
         if location.token is None or not (location.token.written or location.longer): continue
         known[i] &= add_inside_and_longer(t[i], events[row:], logprobs[row:], px, location, capped)
-    return t[:, :-1].clamp(min=0), known
+    return t[:, :-1].clamp_(min=0), known
 
 # %% ../../nbs/04_losses/05_byte_prefix.ipynb #c025
-def non_text_ids(
-    spellings: SortedVocab,  # of one side
-    stops: list[int],      # ids
-    width: int,            # of its head
-) -> torch.Tensor:         # ids that are neither a spelling nor a stop
-    "Special tokens and padding: columns that have probability, and no bytes."
-    ids = unmatched(spellings.events, width)
-    return ids[~torch.isin(ids, torch.tensor(stops, dtype=torch.long))]
+@dataclass(frozen=True)
+class HeadEvents:
+    "The student's spellings, and its stop as the last event, among the columns of its head."
+    spellings: Events     # the E spellings
+    stops: list[int]      # ids
+    of_id: torch.Tensor   # [V] event of which a column is the first id, else E + 1
+    others: torch.Tensor  # columns that have probability and no bytes: special tokens and padding
+    ids: torch.Tensor     # ids of all events, one event after the other
+    start: torch.Tensor   # [E + 2] where those of each event begin
+    shared: torch.Tensor  # [D] events with several ids
+    place: torch.Tensor   # [E + 1] index of an event in `shared`, or -1
+
+    def logprobs(self,
+        p: torch.Tensor,  # [U, V] the student's log-probabilities
+    ) -> torch.Tensor:    # [U, E + 1]
+        "What the student gives to each event."
+        stop = p[:, self.stops].logsumexp(-1, keepdim=True)
+        return torch.cat([self.spellings.gather(p), stop], -1).clamp(min=-1e4)
+
+    def as_columns(self,
+        t: torch.Tensor,  # [U, E + 1] target
+    ) -> torch.Tensor:    # [U, V]
+        "A target with the probability of each event at its first id."
+        return torch.nn.functional.pad(t, (0, 1)).index_select(1, self.of_id)
+
+    def by_ids(self,
+        pools: Pools,     # of events
+    ) -> Pools:           # of columns
+        "Every event by all of its ids."
+        n_ids = (self.start[1:] - self.start[:-1])[pools.column]
+        entry = torch.arange(len(n_ids), device=n_ids.device).repeat_interleave(n_ids)
+        nth = torch.arange(len(entry), device=n_ids.device) - (n_ids.cumsum(0) - n_ids)[entry]
+        ids = self.ids[self.start[pools.column[entry]] + nth]
+        return Pools(pools.row[entry], ids, pools.pool[entry], pools.n)
+
+    def pools(self,
+        t: torch.Tensor,  # [U, E + 1] target
+        pools: Pools,     # of events
+    ) -> Pools:           # of columns
+        "These pools, and one for each other event that has a target and several ids."
+        pools = pools.to(t.device)
+        alone = t[:, self.shared] > 0
+        place = self.place[pools.column]
+        alone[pools.row[place >= 0], place[place >= 0]] = False
+        row, which = alone.nonzero().T
+        number = pools.n + torch.arange(len(row), device=row.device)
+        return self.by_ids(Pools(
+            torch.cat([pools.row, row]), torch.cat([pools.column, self.shared[which]]),
+            torch.cat([pools.pool, number]), pools.n + len(row)))
+
+
+# %% ../../nbs/04_losses/05_byte_prefix.ipynb #v001
+def ids_of_events(
+    spellings: Events,  # of one side
+    stops: list[int],   # ids
+) -> tuple[np.ndarray, np.ndarray]:  # ids of all events, the stop last; where those of each begin
+    "All ids of each event, one event after the other."
+    n_ids = np.ones(len(spellings.ids) + 1, np.int64)
+    several = spellings.groups.cpu().numpy()
+    shared = spellings.shared.cpu().numpy()
+    n_ids[shared] = (several >= 0).sum(-1)
+    n_ids[-1] = len(stops)
+    start = np.append(0, np.cumsum(n_ids))
+    ids = np.zeros(start[-1], np.int64)
+    ids[start[:-2]] = spellings.ids.cpu().numpy()
+    for event, of in zip(shared, several): ids[start[event]:start[event + 1]] = of[of >= 0]
+    ids[start[-2]:] = stops
+    return ids, start
+
+def head_events(
+    spellings: SortedVocab,  # of the student
+    stops: Sequence[int],    # ids
+    width: int,              # of its head
+    device: torch.device | str,
+) -> HeadEvents:
+    "Look up where events are in a head."
+    ids, start = ids_of_events(spellings.events, list(stops))
+    n_ids = np.diff(start)
+    shared = np.flatnonzero(n_ids > 1)
+    place = np.full(len(n_ids), -1)
+    place[shared] = np.arange(len(shared))
+    of_id = np.full(width, len(n_ids))
+    of_id[ids[start[:-1][n_ids > 0]]] = np.flatnonzero(n_ids > 0)
+    has_event = np.zeros(width, bool)
+    has_event[ids] = True
+    def on_device(x): return torch.as_tensor(x, device=device)
+    return HeadEvents(
+        spellings.events.to(device), list(stops), on_device(of_id),
+        on_device(np.flatnonzero(~has_event)), on_device(ids), on_device(start),
+        on_device(shared), on_device(place))
 
 # %% ../../nbs/04_losses/05_byte_prefix.ipynb #c027
 def writes_whitespace_alone(
@@ -179,16 +261,6 @@ class Compared(NamedTuple):
     counts: torch.Tensor  # [U] bool: has a target
     unmapped: float       # sum over these of what no student token can express
 
-# %% ../../nbs/04_losses/05_byte_prefix.ipynb #b012
-def student_events(
-    p: torch.Tensor,       # [U, V] the student's log-probabilities
-    spellings: SortedVocab,  # of the student
-    stops: list[int],      # ids
-) -> torch.Tensor:         # [U, E + 1] log-probabilities of its spellings, and of stopping
-    "What the student gives to the events of a target."
-    stop = p[:, stops].logsumexp(-1, keepdim=True)
-    return torch.cat([spellings.events.gather(p), stop], -1).clamp(min=-1e4)
-
 # %% ../../nbs/04_losses/05_byte_prefix.ipynb #b017
 def without_open(
     t: torch.Tensor,  # [U, E + 2] targets, see `prefix_targets`
@@ -198,33 +270,43 @@ def without_open(
     certain = (1 - t[:, -1]).clamp(min=0) if open_ == 'drop' else torch.ones_like(t[:, -1])
     return t[:, :-1] / certain.clamp(min=1e-9)[:, None], certain
 
+# %% ../../nbs/04_losses/05_byte_prefix.ipynb #v003
+def jsd_with_outside(
+    p: torch.Tensor,        # [U, V] the student's log-probabilities
+    t: torch.Tensor,        # [U, E + 1] target
+    missing: torch.Tensor,  # [U] what it lacks to 1
+    events: HeadEvents,     # of the student
+    beta: float,            # see `jsd`
+    pools: Pools,           # of events
+) -> torch.Tensor:          # [U] in nats
+    "JSD_β, with what is missing beside the student's probability where t is 0."
+    on, t = pool_events(events.logprobs(p), pools), pool_events(t.log(), pools).exp()
+    outside = torch.cat([on.masked_fill(t > 0, -1e4), p[:, events.others]], -1).logsumexp(-1)
+    target = torch.cat([t, missing[:, None]], -1).log()
+    mine = torch.cat([on.masked_fill(t <= 0, -1e4), outside.clamp(min=FLOOR)[:, None]], -1)
+    return jsd(target, mine, beta)
+
 # %% ../../nbs/04_losses/05_byte_prefix.ipynb #c028
 def marginal_jsd(
     s: torch.Tensor,       # [R, V] the student's logits of a block
     block: Block,          # with one unit for each target
     t: torch.Tensor,       # [U, E + 2] targets, see `prefix_targets`
     known: torch.Tensor,   # [U] bool: has a target
-    spellings: SortedVocab,  # of the student
-    stops: list[int],      # ids
-    others: torch.Tensor,  # ids, see `non_text_ids`
+    events: HeadEvents,    # of the student
     beta: float,           # see `jsd`
     open_: str = 'drop',   # what becomes of the open share, see `bpm`
-    pool: Callable | None = None,  # makes one event of several, in [U, E + 1] log-probabilities
+    pools: Pools = NO_POOLS,  # of the events of the target
 ) -> Compared:
     "JSD_β of a target and the student."
-    p = s.log_softmax(-1)[block.student_start]
-    on = student_events(p, spellings, stops)
-    if pool: on = pool(on)
-    t, certain = (x.to(on) for x in without_open(t, open_))
-    nothing = (1 - t.sum(-1)).clamp(min=0)  # what no student token can express
-    log_t = pool(t.log()) if pool else t.log()
-    t = log_t.exp()
-    outside = torch.cat([on.masked_fill(t > 0, -1e4), p[:, others]], -1).logsumexp(-1)
-    target = torch.cat([t, nothing[:, None]], -1).log()
-    mine = torch.cat([on.masked_fill(t <= 0, -1e4), outside.clamp(min=FLOOR)[:, None]], -1)
+    rows = block.student_start
+    if len(rows) != len(s) or (rows[1:] <= rows[:-1]).any(): s = s[rows]
+    t, certain = (x.to(s) for x in without_open(t, open_))
+    missing = (1 - t.sum(-1)).clamp(min=0)  # what no student token can express
+    if beta == 0: values = target_kl(s, events.as_columns(t), events.pools(t, pools))
+    else: values = jsd_with_outside(s.log_softmax(-1), t, missing, events, beta, pools)
     known = known & (certain > 1e-6)
-    unmapped = (certain * nothing)[known].sum().item()
-    return Compared(certain * jsd(target, mine, beta), known, unmapped)
+    unmapped = (certain * missing)[known].sum().item()
+    return Compared(certain * values, known, unmapped)
 
 # %% ../../nbs/04_losses/05_byte_prefix.ipynb #b014
 def locate_sides(
@@ -267,19 +349,19 @@ def bpm(
         return gkd(student, teacher, alignment, vocab, beta, max_rows=max_rows)
     if open_ not in ('drop', 'rest'): raise unknown('open_', open_, ['drop', 'rest'])
     if inside not in ('refuse', 'listed'): raise unknown('inside', inside, ['refuse', 'listed'])
-    px, stops = cached_for_pair(vocab, prefix_map), list(vocab.stops[0])
-    others = non_text_ids(px.student, stops, student.width).to(student.hidden.device)
+    px = cached_for_pair(vocab, prefix_map)
+    events = head_events(px.student, vocab.stops[0], student.width, student.hidden.device)
     lists = 'full' not in teacher.access and inside == 'refuse'
     located = locate_sides(student, teacher, alignment, vocab, train_whitespace, lists)
     unmapped = []
 
     def value(s, q, block):
         t, known = prefix_targets(q, block, located, px, vocab.stops[1], capped, lists)
-        compared = marginal_jsd(s, block, t, known, px.student, stops, others, beta, open_)
+        compared = marginal_jsd(s, block, t, known, events, beta, open_)
         unmapped.append(compared.unmapped)
         return compared.values, compared.counts
 
-    out = sum_over_blocks(student, teacher, located.units, value, max_rows)
+    out = sum_over_blocks(student, teacher, located.units, value, max_rows, probs=True)
     lost = located.mismatched + len(located.at) - len(out)
     out.logged.update(blank=located.whitespace, lost=lost, unmapped=sum(unmapped))
     return out

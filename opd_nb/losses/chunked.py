@@ -227,22 +227,26 @@ class Block:
 
 # %% ../../nbs/04_losses/02_chunked.ipynb #u010
 class _TeacherRows:
-    "The teacher's log-probabilities of one part after the other; its head is applied once a block."
+    "The teacher's distributions of one part after the other; its head is applied once a block."
     def __init__(self,
         teacher: Side | TopKSide,  # with the rows that the units use
+        probs: bool,               # as probabilities rather than their logs
     ):
-        self.teacher, self.rows, self.logits = teacher, None, None
+        self.teacher, self.probs, self.rows, self.logits = teacher, probs, None, None
 
-    def logp(self,
+    def __call__(self,
         block_rows: slice,  # of the block
         rows: slice,        # of the part
-    ) -> torch.Tensor:      # [S, V] in nats
-        if isinstance(self.teacher, TopKSide): return self.teacher.logp(rows)
+    ) -> torch.Tensor:      # [S, V] logprobs in nats, or probabilities
+        if isinstance(self.teacher, TopKSide):
+            logp = self.teacher.logp(rows)
+            return logp.exp() if self.probs else logp
         if self.rows != block_rows:
             self.logits = None  # freed before the next block is computed
             self.logits, self.rows = self.teacher.logits(block_rows), block_rows
         first = block_rows.start
-        return self.logits[rows.start - first:rows.stop - first].log_softmax(-1)
+        logits = self.logits[rows.start - first:rows.stop - first]
+        return logits.softmax(-1) if self.probs else logits.log_softmax(-1)
 
 # %% ../../nbs/04_losses/02_chunked.ipynb #u011
 class _Evaluation:
@@ -253,11 +257,11 @@ class _Evaluation:
         units: Alignment,        # see `compact`
         value: Callable,         # the loss, see `sum_over_blocks`
         weights: torch.Tensor,   # [U]
-        teacher_rows: bool,      # the loss needs the teacher's distribution
+        teacher_rows: _TeacherRows | None,  # None if the loss does not need them
     ):
         self.student, self.teacher, self.units, self.value = student, teacher, units, value
         self.weights = weights
-        self.teacher_rows = _TeacherRows(teacher) if teacher_rows else None
+        self.teacher_rows = teacher_rows
         self.values = [weights.new_zeros(0)]
         self.trained = [weights.new_zeros(0, dtype=torch.bool)]
 
@@ -281,12 +285,11 @@ class _Evaluation:
         logits: torch.Tensor,  # [R, V] the student's, of the part
     ) -> torch.Tensor:
         "Weighted sum of the values of the part's trained units."
-        teacher_logp = None
+        said = None
         if self.teacher_rows:
-            with torch.no_grad():
-                teacher_logp = self.teacher_rows.logp(block.whole.teacher, part.teacher)
-            teacher_logp = teacher_logp.to(logits.device)
-        out = self.value(logits, teacher_logp, self.block(part, logits.device))
+            with torch.no_grad(): said = self.teacher_rows(block.whole.teacher, part.teacher)
+            said = said.to(logits.device)
+        out = self.value(logits, said, self.block(part, logits.device))
         if isinstance(out, tuple): values, counts = out
         else: values, counts = out, torch.ones_like(out, dtype=torch.bool)
         weights = self.weights[part.units]
@@ -332,6 +335,7 @@ def sum_over_blocks(
     max_rows: int | None = None,  # rows in a block; from `BLOCK_BYTES` if not set
     weights=None,            # [U] further weight of each unit
     rows: bool = True,       # compute the teacher's rows; False if its token logprobs are enough
+    probs: bool = False,     # give `value` the teacher's probabilities rather than their logs
 ) -> LossOutput:
     """Sum a loss over its units without ever holding the logits of more than one block.
 
@@ -344,7 +348,8 @@ def sum_over_blocks(
     max_block, max_part = (max_rows, max_rows) if max_rows else block_rows(s, t, rows)
     blocks = plan_blocks(c.units, max_block, max_part, rows)
     unit_weight = unit_weights(s, c.units, weights)
-    evaluation = _Evaluation(s, t, c.units, value, unit_weight, rows)
+    teacher_rows = _TeacherRows(t, probs) if rows else None
+    evaluation = _Evaluation(s, t, c.units, value, unit_weight, teacher_rows)
 
     inputs = (s.hidden, s.head.weight, s.head.bias)
     if not torch.is_grad_enabled():  # an autograd Function does not look by itself

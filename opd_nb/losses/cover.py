@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['add_mass', 'first_targets', 'PathStep', 'OwnPath', 'follow_own_path', 'end_to_end', 'rows_of_steps', 'share_out',
            'Choice', 'choices_ahead', 'choices_covering', 'join_overlapping', 'undecided_groups', 'Undecided',
-           'add_after_complete', 'find_undecided', 'pool_after_complete', 'grouped_logsumexp', 'pool_groups', 'pool',
-           'canonical_targets', 'CoverTargets', 'cover_targets', 'cover']
+           'add_after_complete', 'find_undecided', 'canonical_targets', 'CoverTargets', 'cover_targets', 'cover']
 
 # %% ../../nbs/04_losses/07_cover.ipynb #c003
 from collections.abc import Iterable
@@ -25,7 +24,8 @@ from ..models.outputs import Side
 from .chunked import LossOutput, Block, sum_over_blocks
 from .registry import register_loss
 from .matched import gkd
-from .byte_prefix import target_columns, marginal_jsd, non_text_ids, writes_whitespace_alone
+from .divergences import Pools
+from .byte_prefix import target_columns, head_events, marginal_jsd, writes_whitespace_alone
 from .covering import (
     Covering, Positions, TeacherRows, covering_tokens, find_positions, path_logprobs, teacher_rows)
 
@@ -53,7 +53,7 @@ def first_targets(
     starts = (covering.boundary > 0).nonzero()[:, 0]
     first = target_columns(px.phi[px.start[:-1]], n_events, t.device)  # φ of each whole teacher token
     begun = rows.probs[rows.at[starts]] * covering.boundary[starts, None]
-    t[starts] = t[starts].index_add(1, first, begun)
+    t[starts] = t.new_zeros(len(starts), n_events + 3).index_add_(1, first, begun)
     open_end = covering.complete > min_prob
     t[:, n_events] = stop_probs * covering.boundary + torch.where(open_end, covering.complete, 0)
     t[:, n_events + 1] = torch.where(open_end, 0, covering.complete)
@@ -192,6 +192,15 @@ class Undecided:
     groups: dict[int, list[list[int]]]     # disjoint lists of student events
     after_complete: dict[int, np.ndarray]  # [E + 1] bool: may follow a complete token
 
+    def pools(self) -> Pools:
+        "The same as pools of events."
+        of_groups = [(unit, group) for unit, of in self.groups.items() for group in of]
+        of_complete = [(unit, np.flatnonzero(mask)) for unit, mask in self.after_complete.items()]
+        found = of_groups + of_complete
+        number, event = end_to_end([np.asarray(events, np.int64) for _, events in found])
+        unit = np.array([unit for unit, _ in found], np.int64)[number]
+        return Pools(*map(torch.as_tensor, (unit, event, number)), len(found))
+
 def add_after_complete(
     groups: dict[int, list[list[int]]],  # see `undecided_groups`
     covering: Covering,       # of the block
@@ -226,50 +235,6 @@ def find_undecided(
     groups = undecided_groups(choices, rows, upcoming, queries)
     return add_after_complete(groups, covering, queries, min_prob)
 
-# %% ../../nbs/04_losses/07_cover.ipynb #c036
-def pool_after_complete(
-    logp: torch.Tensor,                     # [U, E + 1]
-    after_complete: dict[int, np.ndarray],  # see `Undecided`
-) -> torch.Tensor:                          # [U, E + 1]
-    "Make one event of what may follow a complete token."
-    if not after_complete: return logp
-    unit = torch.tensor(list(after_complete), device=logp.device)
-    mask = torch.as_tensor(np.stack(list(after_complete.values())), device=logp.device)
-    whole = logp[unit].masked_fill(~mask, -1e4).logsumexp(-1, keepdim=True)
-    others = logp[unit].masked_fill(mask, -1e4)[:, :-1]
-    return logp.index_copy(0, unit, torch.cat([others, whole], 1))
-
-def grouped_logsumexp(
-    x: torch.Tensor,      # [K]
-    which: torch.Tensor,  # [K] group of each
-    n_groups: int,
-) -> torch.Tensor:        # [n_groups]
-    "Logsumexp within each group."
-    top = x.new_full((n_groups,), -1e4).scatter_reduce(0, which, x.detach(), 'amax')
-    return top + torch.zeros_like(top).index_add(0, which, (x - top[which]).exp()).log()
-
-def pool_groups(
-    logp: torch.Tensor,                  # [U, E + 1]
-    groups: dict[int, list[list[int]]],  # see `Undecided`
-) -> torch.Tensor:                       # [U, E + 1]
-    "Make one event of each undecided group."
-    flat = [(unit, group) for unit, of in groups.items() for group in of]
-    if not flat: return logp
-    on_device = partial(torch.as_tensor, device=logp.device)
-    unit, size = on_device([u for u, _ in flat]), on_device([len(group) for _, group in flat])
-    event = on_device(np.concatenate([group for _, group in flat]))
-    which = torch.arange(len(flat), device=logp.device).repeat_interleave(size)
-    sums = grouped_logsumexp(logp[unit[which], event].clamp(min=-1e4), which, len(flat))
-    emptied = logp.index_put((unit[which], event), logp.new_tensor(-1e4))
-    return emptied.index_put((unit, event[size.cumsum(0) - size]), sums)
-
-def pool(
-    logp: torch.Tensor,    # [U, E + 1] log-probabilities of student events, and of the stop
-    undecided: Undecided,  # of the block
-) -> torch.Tensor:         # [U, E + 1] one event of each group has its probability, the others none
-    "Sum over the tokens between which the teacher did not decide."
-    return pool_groups(pool_after_complete(logp, undecided.after_complete), undecided.groups)
-
 # %% ../../nbs/04_losses/07_cover.ipynb #q005
 def canonical_targets(
     t: torch.Tensor,        # [U, E + 2] see `CoverTargets`
@@ -299,7 +264,7 @@ class CoverTargets:
     undecided: Undecided  # events that are compared as one
 
 def cover_targets(
-    q: torch.Tensor,           # [M, V_t] the teacher's log-probabilities
+    q: torch.Tensor,           # [M, V_t] the teacher's probabilities
     block: Block,              # with one unit for each target
     positions: Positions,      # of the batch
     queries: PrefixQueries,            # of the pair
@@ -312,16 +277,16 @@ def cover_targets(
         x[block.units] for x in (positions.written, positions.previous, positions.upcoming))
     n_back = torch.tensor([len(row) - 1 for row in written], device=q.device)
     rows = teacher_rows(q, block.teacher_ids, block.teacher_start + n_back, queries)
-    stop_probs = q[rows.at][:, list(teacher_stops)].exp().sum(-1)
+    stop_probs = q[:, list(teacher_stops)].sum(-1)[rows.at]
 
     covering = covering_tokens(rows, written, previous, queries, min_prob)
     t = first_targets(stop_probs, rows, covering, queries, min_prob)
     path = follow_own_path(rows, covering.reach, upcoming)
     share_out(t, rows, path, queries)
-    t = canonical_targets(t[:, :-1].clamp(min=0), previous, queries, min_left, min_prob)
+    t = canonical_targets(t[:, :-1].clamp_(min=0), previous, queries, min_left, min_prob)
 
     undecided = find_undecided(rows, covering, path, upcoming, queries, min_prob)
-    known = (q[rows.at] > -1e3).any(-1) & (covering.reach > 1e-9)
+    known = (q.amax(-1)[rows.at] > 0) & (covering.reach > 1e-9)
     return CoverTargets(t, known, undecided)
 
 # %% ../../nbs/04_losses/07_cover.ipynb #c044
@@ -342,9 +307,9 @@ def cover(
     Each position is weighted by how much of its target is known. Tokens between which the teacher
     did not choose are one event."""
     if vocab.identical: return gkd(student, teacher, alignment, vocab, beta, max_rows=max_rows)
-    queries, stops = cached_for_pair(vocab, PrefixQueries), list(vocab.stops[0])
+    queries = cached_for_pair(vocab, PrefixQueries)
     spellings = queries.px.student
-    others = non_text_ids(spellings, stops, student.width).to(student.hidden.device)
+    events = head_events(spellings, vocab.stops[0], student.width, student.hidden.device)
     positions = find_positions(
         alignment, student.ids.tolist(), teacher.ids.tolist(), vocab, queries,
         writes_whitespace_alone(spellings), max_back)
@@ -352,13 +317,12 @@ def cover(
 
     def value(s, q, block):
         t = cover_targets(q, block, positions, queries, vocab.stops[1], min_prob, min_left)
-        loss, counted, lost = marginal_jsd(
-            s, block, t.probs, t.known, spellings, stops, others, beta,
-            pool=partial(pool, undecided=t.undecided))
-        unmapped.append(lost)
-        return loss, counted
+        compared = marginal_jsd(
+            s, block, t.probs, t.known, events, beta, pools=t.undecided.pools())
+        unmapped.append(compared.unmapped)
+        return compared.values, compared.counts
 
-    out = sum_over_blocks(student, teacher, positions.units, value, max_rows)
+    out = sum_over_blocks(student, teacher, positions.units, value, max_rows, probs=True)
     n_dropped = positions.n_lost + len(positions.written) - len(out)
     out.logged.update(blank=positions.n_whitespace, lost=n_dropped, unmapped=sum(unmapped))
     return out

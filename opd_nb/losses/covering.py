@@ -189,15 +189,15 @@ class TeacherRows:
     at: torch.Tensor        # [U] row of the current token of each position
 
 def teacher_rows(
-    q: torch.Tensor,    # [M, V_t] the teacher's log-probabilities
+    q: torch.Tensor,    # [M, V_t] the teacher's probabilities
     ids: torch.Tensor,  # [M] its own tokens
     at: torch.Tensor,   # [U] row of the current token of each position
     queries: PrefixQueries,     # of the pair
 ) -> TeacherRows:
     "The teacher's distributions over the spellings of its vocabulary."
-    own = q.gather(1, ids[:, None])[:, 0]
+    own = q.gather(1, ids[:, None])[:, 0].log()
     events = [queries.event_of_id[i] for i in ids.tolist()]
-    return TeacherRows(queries.px.teacher.events.gather(q).exp(), own, events, at)
+    return TeacherRows(queries.px.teacher.events.sums(q), own, events, at)
 
 # %% ../../nbs/04_losses/06_covering.ipynb #w210
 @dataclass(frozen=True)
