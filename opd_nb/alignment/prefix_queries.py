@@ -63,7 +63,7 @@ def undecided_group(
     written: bytes,      # of the teacher token, before the student's position
     known: bytes,        # bytes to come before the teacher token
     w: int,              # teacher event
-) -> tuple[int, ...] | None:  # student events, or None if only one is possible
+) -> np.ndarray | None:  # student events, or None if only one is possible
     "The student tokens between which a teacher token does not decide."
     student, teacher = px.student, px.teacher
     text = known + teacher.keys[w][len(written):]
@@ -72,7 +72,7 @@ def undecided_group(
     split = [e for e in longer if first_token(e) == w]
     if not split: return None
     alone = student.longest_prefix(text)
-    return (*([alone] if alone >= 0 else []), *split)
+    return np.array([alone, *split] if alone >= 0 else split, np.int64)
 
 # %% ../../nbs/02_alignment/06_prefix_queries.ipynb #o002
 def undecided_tokens(

@@ -8,13 +8,15 @@ __all__ = ['add_mass', 'first_targets', 'PathStep', 'OwnPath', 'follow_own_path'
            'add_after_complete', 'find_undecided', 'canonical_targets', 'CoverTargets', 'cover_targets', 'cover']
 
 # %% ../../nbs/04_losses/07_cover.ipynb #c003
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from ..alignment.chunks import Alignment
 from ..alignment.vocab import VocabMap
@@ -52,8 +54,9 @@ def first_targets(
     t = rows.probs.new_zeros(len(rows.at), n_events + 3)
     starts = (covering.boundary > 0).nonzero()[:, 0]
     first = target_columns(px.phi[px.start[:-1]], n_events, t.device)  # φ of each whole teacher token
-    begun = rows.probs[rows.at[starts]] * covering.boundary[starts, None]
-    t[starts] = t.new_zeros(len(starts), n_events + 3).index_add_(1, first, begun)
+    begun = t.new_zeros(len(starts), n_events + 3)
+    begun.index_add_(1, first, rows.probs[rows.at[starts]])
+    t[starts] = begun * covering.boundary[starts, None]
     open_end = covering.complete > min_prob
     t[:, n_events] = stop_probs * covering.boundary + torch.where(open_end, covering.complete, 0)
     t[:, n_events + 1] = torch.where(open_end, 0, covering.complete)
@@ -113,9 +116,11 @@ def share_out(
     which, event = end_to_end([events for events, _, _ in found])
     _, longer = end_to_end([to for _, to, _ in found])
     shorter = np.array([alone for _, _, alone in found], np.int64)[which]
-    unit = torch.tensor([path.steps[i].unit for i in which], dtype=torch.long, device=t.device)
+    on_device = partial(torch.as_tensor, dtype=torch.long, device=t.device)
+    which = on_device(which)
+    unit = on_device([step.unit for step in path.steps])[which]
     row = rows_of_steps(path.steps, rows.at)[which]
-    p = rows.probs[row, torch.as_tensor(event, device=t.device)] * path.prob[which]
+    p = rows.probs[row, on_device(event)] * path.prob[which]
     add_mass(t, unit, longer, p)
     add_mass(t, unit, shorter, -p)
 
@@ -160,36 +165,38 @@ def choices_covering(
 
 # %% ../../nbs/04_losses/07_cover.ipynb #w118
 def join_overlapping(
-    sets: Iterable[Iterable[int]],  # of elements
-) -> list[list[int]]:  # disjoint, each sorted
-    "Join sets that share an element."
-    home: dict[int, set[int]] = {}  # element -> the set it is in
-    for elements in sets:
-        met = {id(home[x]): home[x] for x in elements if x in home}
-        joined = set(elements).union(*met.values())
-        home.update(dict.fromkeys(joined, joined))
-    return [sorted(x) for x in {id(x): x for x in home.values()}.values()]
+    sets: list[Sequence[int]],  # of elements
+) -> list[np.ndarray]:          # disjoint, each sorted
+    "Join sets that share an element: the connected parts of a graph of sets and elements."
+    if len(sets) == 1: return [np.sort(sets[0])]
+    which, element = end_to_end([np.asarray(x, np.int64) for x in sets])
+    elements, column = np.unique(element, return_inverse=True)
+    n_nodes = len(sets) + len(elements)
+    edges = coo_array((np.ones(len(which)), (which, len(sets) + column)), (n_nodes, n_nodes))
+    part = connected_components(edges, directed=False)[1][len(sets):]
+    order = np.argsort(part, kind='stable')
+    return np.split(elements[order], np.flatnonzero(np.diff(part[order])) + 1)
 
 def undecided_groups(
     choices: list[Choice],        # tokens that may come
     rows: TeacherRows,         # of the block
     upcoming: list[list[bytes]],  # [U] see `Positions`
     queries: PrefixQueries,               # of the pair
-) -> dict[int, list[list[int]]]:  # unit -> disjoint lists of student events
+) -> dict[int, list[np.ndarray]]:  # unit -> disjoint groups of student events
     "The student tokens that are compared as one event, because the teacher did not say which."
     at, found = rows.at.tolist(), {}
     for unit, ahead, written, known, event in choices:
         followed = 0 <= ahead < len(upcoming[unit])
         if followed and event == rows.events[at[unit] + ahead]: continue  # what comes next is known
         tokens = queries.undecided_group(written, known, event)
-        if tokens: found.setdefault(unit, []).append(tokens)
+        if tokens is not None: found.setdefault(unit, []).append(tokens)
     return {unit: join_overlapping(sets) for unit, sets in found.items()}
 
 # %% ../../nbs/04_losses/07_cover.ipynb #c035
 @dataclass(frozen=True)
 class Undecided:
     "Student tokens that are compared as one event, by unit."
-    groups: dict[int, list[list[int]]]     # disjoint lists of student events
+    groups: dict[int, list[np.ndarray]]    # disjoint groups of student events
     after_complete: dict[int, np.ndarray]  # [E + 1] bool: may follow a complete token
 
     def pools(self) -> Pools:
@@ -197,12 +204,12 @@ class Undecided:
         of_groups = [(unit, group) for unit, of in self.groups.items() for group in of]
         of_complete = [(unit, np.flatnonzero(mask)) for unit, mask in self.after_complete.items()]
         found = of_groups + of_complete
-        number, event = end_to_end([np.asarray(events, np.int64) for _, events in found])
+        number, event = end_to_end([events for _, events in found])
         unit = np.array([unit for unit, _ in found], np.int64)[number]
         return Pools(*map(torch.as_tensor, (unit, event, number)), len(found))
 
 def add_after_complete(
-    groups: dict[int, list[list[int]]],  # see `undecided_groups`
+    groups: dict[int, list[np.ndarray]],  # see `undecided_groups`
     covering: Covering,       # of the block
     queries: PrefixQueries,                      # of the pair
     min_prob: float,                     # least probability of a complete token
@@ -252,7 +259,7 @@ def canonical_targets(
     if not gone.any(): return t
     locate = tuple(torch.as_tensor(x[gone], device=t.device) for x in (unit, event))
     without = t.index_put(locate, t.new_zeros(()))
-    left = without.sum(-1, keepdim=True)
+    left = 1 - (t - without).sum(-1, keepdim=True)
     return torch.where(left >= min_left, without / left.clamp(min=1e-9), t)
 
 # %% ../../nbs/04_losses/07_cover.ipynb #c038
