@@ -117,12 +117,12 @@ def _pooled_terms(
 class _TargetKL(torch.autograd.Function):
     "`target_kl` with its gradient in closed form."
     @staticmethod
-    def forward(ctx, z, t, pools):
+    def forward(ctx, z, t, pools, rest):
         p = z.softmax(-1)
         log_norm = z.amax(-1) - p.amax(-1).log()
         total = t.sum(-1)
         missing = (1 - total).clamp(min=0)
-        unasked = (1 - t.sign()).mul_(p)  # p where t is 0
+        unasked = (1 - t.sign() if rest is None else rest.to(p)) * p
         values = t.clamp(min=1e-37).log_().sub_(z).mul_(t).sum(-1) + log_norm * total
         if pools.n:
             change, share = _pooled_terms(z, t, log_norm, pools)
@@ -145,18 +145,19 @@ class _TargetKL(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        return ctx.saved_tensors[0] * grad[:, None], None, None
+        return ctx.saved_tensors[0] * grad[:, None], None, None, None
 
 # %% ../../nbs/04_losses/01_divergences.ipynb #k008
 def target_kl(
     logits: torch.Tensor,  # [N, V] the student's
     target: torch.Tensor,  # [N, V] probabilities that sum to at most 1, without gradient
     pools: Pools = NO_POOLS,  # columns that are compared as one event
+    rest: torch.Tensor | None = None,  # [V] bool: what is missing belongs here; None: where t is 0
 ) -> torch.Tensor:         # [N] in nats
-    """KL(t‖p); what is missing of t is compared with p where t is 0, at least 1e-9.
+    """KL(t‖p); what is missing of t is compared with p on the rest, at least 1e-9.
 
     A pool's target may stand at any of its columns, or be spread over them."""
     if logits.detach().amin() < -1e4: logits = logits.clamp(min=-1e4)  # masked columns
-    if not pools.n: return _TargetKL.apply(logits, target, pools)
+    if not pools.n: return _TargetKL.apply(logits, target, pools, rest)
     asked = pools.sums(target[pools.row, pools.column]) > 0
-    return _TargetKL.apply(logits, target, pools.select(asked))
+    return _TargetKL.apply(logits, target, pools.select(asked), rest)

@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['Continuations', 'SpelledGroups', 'spelled_groups', 'find_continuations', 'continuations', 'first_with_bytes',
-           'boundary_units', 'SpellingTables', 'spelling_tables', 'stop_logprob', 'root_events', 'root_term', 'Pending',
-           'find_pending', 'ChildTerms', 'group_mass', 'child_terms', 'escd', 'project', 'merge_block', 'xtoken']
+           'boundary_units', 'SpellingTables', 'spelling_tables', 'stop_logprob', 'root_target', 'with_buckets',
+           'root_term', 'Pending', 'find_pending', 'ChildTerms', 'group_mass', 'next_tokens', 'child_terms', 'escd',
+           'project', 'merge_block', 'xtoken']
 
 # %% ../../nbs/04_losses/08_subword.ipynb #c003
+import math
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -20,11 +22,11 @@ from ..alignment.vocab import Events, VocabMap
 from ..alignment.prefix_maps import PrefixMap, SortedVocab, cached_for_pair, prefix_map, sub_tokens
 from ..alignment.prefix_queries import template_bytes
 from ..models.outputs import Side
-from .divergences import jsd, with_rest
+from .divergences import NO_POOLS, Pools, jsd, target_kl, with_rest
 from .chunked import LossOutput, Block, sum_over_blocks
 from .registry import register_loss
 from .matched import gkd, merge_chunks
-from .byte_prefix import start_offsets, target_columns
+from .byte_prefix import HeadEvents, head_events, start_offsets, target_columns
 
 # %% ../../nbs/04_losses/08_subword.ipynb #c006
 @dataclass(frozen=True)
@@ -116,21 +118,23 @@ class SpellingTables:
     groups: SpelledGroups
     spelled: list[bytes]                 # bytes of each student id
     pairs: VocabMap                      # tokens of equal bytes
-    events: tuple[Events, Events]        # all spellings of the student, of the teacher
-    stops: tuple[list[int], list[int]]   # ids of the student, of the teacher
+    student: HeadEvents                  # all spellings, and the stop
+    teacher: Events                      # all spellings
+    teacher_stops: list[int]             # ids
     first: torch.Tensor                  # [E_t] column of the student event that begins it
     group: torch.Tensor                  # [E_t] see `SpelledGroups.of`
 
 def spelling_tables(
     vocab: VocabMap,  # of the pair
+    width: int,       # of the student's head
     device: torch.device | str,  # of the tensors
 ) -> SpellingTables:
     "Look up what `escd` needs of a pair."
     px, groups = cached_for_pair(vocab, prefix_map), cached_for_pair(vocab, spelled_groups)
     return SpellingTables(
         px, groups, vocab.tokens[0].table, vocab.to(device),
-        events=(px.student.events.to(device), px.teacher.events.to(device)),
-        stops=(list(vocab.stops[0]), list(vocab.stops[1])),
+        student=head_events(px.student, vocab.stops[0], width, device),
+        teacher=px.teacher.events.to(device), teacher_stops=list(vocab.stops[1]),
         first=target_columns(px.phi[px.start[:-1]], len(px.student), device),
         group=torch.as_tensor(groups.of, device=device))
 
@@ -142,37 +146,52 @@ def stop_logprob(
     return logp[:, stops].logsumexp(-1, keepdim=True)
 
 # %% ../../nbs/04_losses/08_subword.ipynb #x008
-def root_events(
-    q: torch.Tensor,         # [U, V_t] the teacher's log-probabilities
-    p: torch.Tensor,         # [U, V] the student's
+def root_target(
+    q: torch.Tensor,         # [U, V_t] the teacher's probabilities
+    spelled: torch.Tensor,   # [U, E_t] of its spellings
     tables: SpellingTables,  # of the pair
-    root: str,               # see `escd`
-) -> tuple[torch.Tensor, torch.Tensor]:  # [U, K] log-probabilities of the teacher, of the student
-    "Both sides over the events of the root term, without the bucket."
-    if root == 'exact': return tables.pairs.teacher.gather(q), tables.pairs.student.gather(p)
+) -> torch.Tensor:           # [U, E + 1]
+    "The student tokens that begin the teacher's, and the stop as the last event."
     n_events = len(tables.px.student)
-    of_teacher = tables.events[1].gather(q).exp()
-    t = q.new_zeros(len(q), n_events + 3)
-    t = t.scatter_add(1, tables.first.expand(len(q), -1), of_teacher)[:, :n_events].log()
-    return (torch.cat([t, stop_logprob(q, tables.stops[1])], -1),
-            torch.cat([tables.events[0].gather(p), stop_logprob(p, tables.stops[0])], -1))
+    t = q.new_zeros(len(q), n_events + 3).index_add_(1, tables.first, spelled)
+    t[:, n_events] = q[:, tables.teacher_stops].sum(-1)
+    return t[:, :n_events + 1]
 
-def root_term(
-    t: torch.Tensor,  # [U, K] the teacher's log-probabilities
-    p: torch.Tensor,  # [U, K] the student's
+def with_buckets(
+    q: torch.Tensor,  # [U, K] the teacher's probabilities
+    p: torch.Tensor,  # [U, K] the student's log-probabilities
     beta: float,      # see `jsd`
     lists: bool,      # the teacher returns its top-k only
 ) -> torch.Tensor:    # [U]
     "JSD_β with a bucket for the rest. What a teacher did not list is in the bucket on both sides."
-    if lists: p = p.masked_fill(t <= -1e3, -1e4)
-    return jsd(with_rest(t), with_rest(p), beta)
+    if lists: p = p.masked_fill(q <= 0, -1e4)
+    return jsd(with_rest(q.log()), with_rest(p), beta)
+
+def root_term(
+    q: torch.Tensor,         # [U, V_t] the teacher's probabilities
+    spelled: torch.Tensor,   # [U, E_t] of its spellings
+    s: torch.Tensor,         # [U, V] the student's logits
+    tables: SpellingTables,  # of the pair
+    beta: float,             # see `jsd`
+    root: str,               # see `escd`
+    lists: bool,             # the teacher returns its top-k only
+) -> torch.Tensor:           # [U]
+    "Both sides over the events of the root, and a bucket for the rest."
+    if root == 'exact':
+        pairs, p = tables.pairs, s.log_softmax(-1)
+        return with_buckets(pairs.teacher.sums(q), pairs.student.gather(p), beta, lists)
+    t, student = root_target(q, spelled, tables), tables.student
+    if beta or lists: return with_buckets(t, student.logprobs(s.log_softmax(-1)), beta, lists)
+    rest = torch.zeros(s.shape[1], dtype=torch.bool, device=s.device)
+    rest[student.others] = True
+    t = t.to(s)
+    return target_kl(s, student.as_columns(t), student.pools(t, NO_POOLS), rest)
 
 # %% ../../nbs/04_losses/08_subword.ipynb #x009
 @dataclass(frozen=True)
 class Pending:
     "Groups that the student has begun to spell at a boundary."
-    rows: torch.Tensor   # [R] student rows after a boundary
-    which: torch.Tensor  # [K] which of these rows
+    row: torch.Tensor    # [K] student row after the boundary
     unit: torch.Tensor   # [K] the boundary
     group: torch.Tensor  # [K]
     lo: torch.Tensor     # [K] first student event that goes on with the group
@@ -192,7 +211,7 @@ def find_pending(
     which, group, lo, hi = (torch.as_tensor(x, device=start.device) for x in (
         np.repeat(np.arange(len(found)), n_found), np.concatenate([x.group for x in found]),
         np.concatenate([x.lo for x in found]), np.concatenate([x.hi for x in found])))
-    return Pending(start + 1, which, has_next[which], group, lo, hi)
+    return Pending(start[which] + 1, has_next[which], group, lo, hi)
 
 # %% ../../nbs/04_losses/08_subword.ipynb #x015
 @dataclass(frozen=True)
@@ -203,27 +222,35 @@ class ChildTerms:
     value: torch.Tensor  # [K] -M_g log p(the next token begins with what remains)
 
 def group_mass(
-    q: torch.Tensor,         # [U, V_t] the teacher's log-probabilities at the boundaries
+    spelled: torch.Tensor,   # [U, E_t] the teacher's spellings at the boundaries
     tables: SpellingTables,  # of the pair
 ) -> torch.Tensor:           # [U, G + 1]
     "M_g of every group; the last column is what needs no spelling."
-    probs = tables.events[1].gather(q).exp()
-    mass = q.new_zeros(len(q), len(tables.groups.roots) + 1)
-    return mass.scatter_add(1, tables.group.expand(len(q), -1), probs)
+    mass = spelled.new_zeros(len(spelled), len(tables.groups.roots) + 1)
+    return mass.index_add_(1, tables.group, spelled)
+
+def next_tokens(
+    pending: Pending,        # groups
+    tables: SpellingTables,  # of the pair
+) -> Pools:                  # of columns of the head, one pool for each group
+    "The student tokens that go on with each group."
+    n_tokens = pending.hi - pending.lo
+    which = torch.arange(len(n_tokens), device=n_tokens.device).repeat_interleave(n_tokens)
+    nth = torch.arange(len(which), device=which.device) - (n_tokens.cumsum(0) - n_tokens)[which]
+    events = Pools(pending.row[which], pending.lo[which] + nth, which, len(n_tokens))
+    return tables.student.by_ids(events)
 
 def child_terms(
-    q: torch.Tensor,         # [U, V_t] the teacher's log-probabilities at the boundaries
-    p: torch.Tensor,         # [N, V] the student's, of all rows of the block
+    spelled: torch.Tensor,   # [U, E_t] the teacher's spellings at the boundaries
+    s: torch.Tensor,         # [N, V] the student's logits, of all rows of the block
     pending: Pending,        # at these boundaries
     tables: SpellingTables,  # of the pair
 ) -> ChildTerms:
     "The cross-entropy at the positions after the boundaries."
-    exact = torch.float32 if p.device.type == 'mps' else torch.float64  # Metal has no float64
-    probs = tables.events[0].gather(p[pending.rows]).to(exact).exp()
-    so_far = torch.nn.functional.pad(probs.cumsum(-1), (1, 0))
-    next_prob = so_far[pending.which, pending.hi] - so_far[pending.which, pending.lo]
-    mass = group_mass(q, tables)[pending.unit, pending.group]
-    value = -mass * next_prob.clamp(min=1e-15).log().to(mass.dtype)
+    tokens, log_norm = next_tokens(pending, tables), s.logsumexp(-1)
+    logp = s[tokens.row, tokens.column] - log_norm[tokens.row]
+    mass = group_mass(spelled, tables)[pending.unit, pending.group]
+    value = -mass * tokens.logsumexp(logp).clamp(min=math.log(1e-15))
     return ChildTerms(pending.unit, mass, value)
 
 # %% ../../nbs/04_losses/08_subword.ipynb #c011
@@ -243,23 +270,24 @@ def escd(
     The child term is a cross-entropy, so the sum is not zero at its least."""
     if root not in ('exact', 'prefix'): raise unknown('root', root, ['exact', 'prefix'])
     if vocab.identical: return gkd(student, teacher, alignment, vocab, beta, max_rows=max_rows)
-    tables = spelling_tables(vocab, student.hidden.device)
+    tables = spelling_tables(vocab, student.width, student.hidden.device)
     lists = 'full' not in teacher.access
     masses, children = [], []  # for the log, by block
 
     def value(s, q, block):
-        p, q = s.log_softmax(-1), q[block.teacher_start]
-        out = root_term(*root_events(q, p[block.student_start], tables, root), beta, lists)
+        q = q[block.teacher_start]
+        spelled = tables.teacher.sums(q)
+        out = root_term(q, spelled, s[block.student_start], tables, beta, root, lists)
         if pending := find_pending(block, tables):
-            terms = child_terms(q, p, pending, tables)
+            terms = child_terms(spelled, s, pending, tables)
             masses.append(terms.mass.sum().item())
             children.append(terms.value.detach().sum().item())
             by_unit = torch.zeros_like(out).index_add(0, terms.unit, terms.value.to(out.dtype))
             out = out + child * by_unit
-        return out, (q > -1e3).any(-1)
+        return out, q.amax(-1) > 0
 
     units = boundary_units(student, teacher, alignment, vocab)
-    out = sum_over_blocks(student, teacher, units, value, max_rows)
+    out = sum_over_blocks(student, teacher, units, value, max_rows, probs=True)
     out.logged.update(child_mass=sum(masses, 0.), child=sum(children, 0.))
     return out
 
