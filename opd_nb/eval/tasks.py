@@ -10,7 +10,6 @@ __all__ = ['SHIPPED', 'TASKS', 'shipped_tasks', 'data_folder', 'find_task_file',
 
 # %% ../../nbs/10_eval/05_tasks.ipynb #c003
 import hashlib
-import json
 import os
 from dataclasses import replace
 from functools import lru_cache
@@ -24,7 +23,6 @@ from ..core.errors import BadInput, unknown
 from ..core.registry import Registry
 from ..core.config import OPDConfig
 from ..core.types import Conversation
-from ..models.lm import LM
 from ..data.formats import READERS, load_conversations, read_rows
 from . import scoring as answers
 from .scoring import REFERENCE_MARKS, answer

@@ -142,6 +142,20 @@ def test_renamed_functions_are_found():
         assert said in done.stderr
 
 
+def test_distil_rows_is_called_as_before():
+    "Seven arguments by place, as a trainer on another library calls it."
+    import opd_nb, torch
+    from opd_nb.lab import countdown
+    from opd_nb.training.batch import loss_for
+    lm, teacher = opd_nb.LM.load('tiny:student'), opd_nb.load_teacher('tiny:')
+    vocab = opd_nb.VocabMap.build(lm.codec, teacher.codec)
+    rollouts = [r for r in opd_nb.rollout(lm, countdown.draw(4, 0), 12, 0) if r.ids]
+    with pytest.warns(DeprecationWarning): from opd_nb.distil import distil_rows
+    out, metrics = distil_rows(lm, teacher, vocab, loss_for('bpm', vocab, teacher), rollouts, 'none', -float('inf'))
+    out.total.backward()
+    assert out.weight > 0 and torch.isfinite(out.total) and {'teacher_nll', 'dropped', 'overlap'} <= {name for _, named in metrics for name in named}
+
+
 def test_the_table_of_old_names_is_complete():
     import opd_nb
     rows = re.findall(r'^\| `(\w+)` \| (.*) \|$', (ROOT / 'CONTRIBUTING.md').read_text(encoding='utf-8'), re.M)
