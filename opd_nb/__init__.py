@@ -162,6 +162,7 @@ RENAMED = {old: dict(pair.split('=') for pair in pairs.split()) for old, pairs i
     alignment='laid_out=concat_ends meeting_points=intersect_ends',
     api='any_stop=merge_stops no_opinion=empty_signal price_estimate=estimate_cost '
         'signal_of=signal_from_scores',
+    answers='REFERENCE_MARKS=REFERENCE_SCORERS',
     asking='Asking=PlanRun Made=SynthesisResult record=finished_record',
     cache='Answers=ReplyStore',
     chat='Voice=ChatModel cast=name_models heard=answer_or_error '
@@ -200,7 +201,7 @@ RENAMED = {old: dict(pair.split('=') for pair in pairs.split()) for old, pairs i
               'installed=require_package listen=capture_log load_model=load_gguf '
               'rank=quant_rank',
     gguf_teacher='signal_of=signal_from_logits',
-    harness='content_hash=text_hash',
+    harness='content_hash=text_hash figures_of=metrics_of',
     health='compare=compare_distributions health=agreement_metrics text_figures=text_metrics',
     laboratory='wanted=wanted_runs',
     machine='tested=tested_versions wanted=required_packages',

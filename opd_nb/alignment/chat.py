@@ -202,7 +202,7 @@ def end_of_turn(
     tok,                  # tokenizer
     after: str,           # what a template writes after an answer
 ) -> int | None:          # token id
-    "The first added token, flagged special or not. Blank ones are text: Gemma adds line ends."
+    "The first added token, flagged special or not. Those of whitespace alone are text: Gemma adds line ends."
     def ends(added): return added.special or getattr(added, 'content', '').strip('▁ \t\r\n')
     added = {i for i, token in tok.added_tokens_decoder.items() if ends(token)}
     return next((i for i in tok(after, add_special_tokens=False)['input_ids'] if i in added), None)

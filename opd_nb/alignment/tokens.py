@@ -141,12 +141,12 @@ def acts_at_edges(
 
 def without_edge_effects(
     part: dict[str, object] | None,   # a normalizer, pre-tokenizer or decoder, as JSON
-    marks: bool = False, # words were split from their spaces before, so `▁` marks each of them
+    marked: bool = False, # words were split from their spaces before, so `▁` marks each of them
 ) -> dict[str, object] | None:        # the same, or None if nothing is left of it
     "A component without what it does only at the edges of a text."
     if part is None or acts_at_edges(part): return None
     if key := sequence_key(part): return sequence_without_edge_effects(part, key)
-    off = dict(add_prefix_space=False) | ({} if marks else dict(prepend_scheme='never'))
+    off = dict(add_prefix_space=False) | ({} if marked else dict(prepend_scheme='never'))
     return part | {k: v for k, v in off.items() if k in part}
 
 def sequence_without_edge_effects(
@@ -154,10 +154,10 @@ def sequence_without_edge_effects(
     key: str,           # under which it holds them
 ) -> dict[str, object] | None:       # the same, or None if nothing is left of it
     "`without_edge_effects` for each component of a sequence."
-    marks, kept = False, []
+    marked, kept = False, []
     for inner in part[key]:
-        kept.append(without_edge_effects(inner, marks))
-        marks = marks or inner['type'] in ('WhitespaceSplit', 'Whitespace')
+        kept.append(without_edge_effects(inner, marked))
+        marked = marked or inner['type'] in ('WhitespaceSplit', 'Whitespace')
     kept = [inner for inner in kept if inner]
     return part | {key: kept} if kept else None
 

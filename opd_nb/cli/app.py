@@ -269,7 +269,7 @@ def chat_flags() -> Flags:
     add('--max-new-tokens', metavar='N', type=int, default=128,
         help='longest answer [default 128; tokens]')
     add('--temperature', metavar='X', type=float, default=0.,
-        help='of the sampling; 0 takes the likeliest token [default 0]')
+        help='of the sampling; 0 takes the most likely token [default 0]')
     add('--seed', metavar='N', type=int, default=0, help='of the sampling [default 0]')
     add('--device', metavar='NAME', default='auto', help='cpu, cuda, mps [default auto]')
     return flags

@@ -79,5 +79,5 @@ def countdown_task(
     puzzles = read_puzzles(file)
     if options.fewshot:
         puzzles = countdown.draw(options.fewshot, answers=True) + puzzles
-    marks, spec = dict(right=each(is_right)), dict(verifier=1)
-    return answer_task('countdown', puzzles, marks, 'right', options, spec, 48, wanted)
+    scorers, spec = dict(right=each(is_right)), dict(verifier=1)
+    return answer_task('countdown', puzzles, scorers, 'right', options, spec, 48, wanted)

@@ -332,7 +332,7 @@ def overlap_line(
     metrics: dict[str, float],   # see `agreement_metrics`
 ) -> Line:
     "How far apart student and teacher are."
-    text = (f"{metrics['overlap']:.0%} of the likeliest tokens are common, "
+    text = (f"{metrics['overlap']:.0%} of the top-k tokens are common, "
             f"first choices agree at {metrics.get('top1_agreement', 0):.0%}")
     if metrics['overlap'] >= 1 / 3: return Line('ok', 'overlap', text)
     return Line('warning', 'overlap', text,
