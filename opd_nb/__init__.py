@@ -277,7 +277,7 @@ def _distil_rows(
     score_weight='none', min_logprob=float('-inf'), max_chunks=0, compute_dtype=None,
 ):
     "Teacher signals, alignment and loss of some rollouts, as `opd_nb.distil.distil_rows` returned them."
-    from opd_nb.training import batch
+    batch = import_module('opd_nb.training.batch')
     rollouts, signals = batch.score(teacher, rows)
     if not rollouts: return None, []
     aligned = batch.read_and_align(student, rollouts, signals, vocab, compute_dtype)
