@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['COMPUTED', 'OTHER_PARTS', 'tiny_folder', 'looks_local', 'model_folder', 'split_scheme', 'model_path', 'model_file',
-           'adapter_base', 'tokenizer_path', 'Source', 'first_line', 'explain_load_errors', 'load_config', 'named',
-           'check_whole', 'WithoutReport', 'check_loading_info', 'without_report', 'load_whole', 'base_model',
-           'check_adapter_config', 'load_adapter_weights', 'saved_embedding_rows', 'resize_for_adapters',
+           'adapter_base', 'tokenizer_path', 'Source', 'first_line', 'explain_load_errors', 'load_config',
+           'count_and_names', 'check_whole', 'WithoutReport', 'check_loading_info', 'without_report', 'load_whole',
+           'base_model', 'check_adapter_config', 'load_adapter_weights', 'saved_embedding_rows', 'resize_for_adapters',
            'load_adapters', 'check_tokens']
 
 # %% ../../nbs/03_models/01_files.ipynb #f003
@@ -188,7 +188,8 @@ def explain_load_errors(
         if not source.trust_remote_code and 'trust_remote_code' in str(e):
             name = 'teacher_trust_remote_code' * (source.role == 'teacher') or 'trust_remote_code'
             raise source.error(f'{about}brings Python code of its own, which was not run',
-                               f'Read that code; if you trust it, set OPD_{name.upper()}=true.') from None
+                               'Read that code; if you trust it, set '
+                               f'OPD_{name.upper()}=true.') from None
         raise source.error(f'{about}could not be loaded ({first_line(e)})',
                        'Check the id, the network and, for a gated model, HF_TOKEN; '
                        'offline, name a local folder.') from None
@@ -212,14 +213,14 @@ def load_config(
 COMPUTED = re.compile(r'(inv_freq|masked_bias|position_ids|attn\.bias|attention\.bias)$')
 OTHER_PARTS = re.compile(r'(^|\.)(vision|visual|audio|image|multi_modal|mm_|mtp|v_head)\w*\.')
 
-def named(
+def count_and_names(
     names: Iterable[str],  # of tensors, as a file spells them
-    most: int = 3,         # that are listed
+    max_names: int = 3,    # that are listed
 ) -> str:
     "How many there are, and the first of them."
     names = sorted(names)
-    more = ', ...' if len(names) > most else ''
-    shown = ', '.join(repr(name[:100])[1:-1] for name in names[:most])
+    more = ', ...' if len(names) > max_names else ''
+    shown = ', '.join(repr(name[:100])[1:-1] for name in names[:max_names])
     return f"{len(names)} tensor{'s' * (len(names) != 1)} ({shown}{more})"
 
 def check_whole(
@@ -231,9 +232,11 @@ def check_whole(
 ):
     "Raise `BadInput` if a file and its model do not fit."
     problems = []
-    if missing: problems.append(f'its file lacks {named(missing)}')
-    if unexpected: problems.append(f'the {kind} has no place for {named(unexpected)} of its file')
-    if mismatched: problems.append(f'{named(mismatched)} of its file have another shape')
+    if missing: problems.append(f'its file lacks {count_and_names(missing)}')
+    if unexpected:
+        of_file = f'{count_and_names(unexpected)} of its file'
+        problems.append(f'the {kind} has no place for {of_file}')
+    if mismatched: problems.append(f'{count_and_names(mismatched)} of its file have another shape')
     if not problems: return
     where = '' if source.path == model_path(source.spec, source.role) else f' ({source.path})'
     raise source.error(f'is not loaded as a whole{where}: {"; ".join(problems)}',
@@ -263,7 +266,7 @@ def check_loading_info(
     check_whole(source, missing, set(unexpected) - set(other),
                 [name for name, *_ in info['mismatched_keys']])
     if other:
-        warnings.warn(f'{source.spec}: {named(other)} are no part of its language model '
+        warnings.warn(f'{source.spec}: {count_and_names(other)} are no part of its language model '
                       'and were left out.', stacklevel=2)
 
 @contextmanager
@@ -394,7 +397,7 @@ def check_tokens(
     template = str(tok.chat_template or '')
     used = [token for token in beyond
             if token not in special or token in needed or token in template]
-    tokens = named(used or beyond).replace('tensor', 'token')
+    tokens = count_and_names(used or beyond).replace('tensor', 'token')
     if used:
         raise BadInput(source.role, source.spec,
                        f'has {tokens} beyond the {rows} rows of its embedding',
