@@ -100,7 +100,7 @@ def is_whitespace(
     return bool(token) and not token.strip(b' \t')
 
 def continues_same_text(
-    said: BatchText,                       # of the batch
+    batch: BatchText,                      # see `batch_text`
     place: Place,                          # two positions
     leads: tuple[np.ndarray, np.ndarray],  # of both sides, see `template_bytes`
     stops: tuple[bool, bool],              # whether the token there ends the turn, on each side
@@ -109,12 +109,12 @@ def continues_same_text(
     one_in_template = (leads[0][place.student] != leads[1][place.teacher]).any()
     if one_in_template: return False  # only one side's first token begins in its template
     if stops[0] != stops[1]: return False
-    inside = said.start[0][place.student] > said.start[1][place.teacher]
-    return not inside or bool(said.exact[place.teacher] and not stops[0])
+    inside = batch.start[0][place.student] > batch.start[1][place.teacher]
+    return not inside or bool(batch.exact[place.teacher] and not stops[0])
 
 # %% ../../nbs/02_alignment/07_byte_positions.ipynb #c012
 def containing_tokens(
-    said: BatchText,         # of the batch
+    batch: BatchText,        # see `batch_text`
     a: Alignment,            # of the batch
     student_ids: list[int],  # [N]
     teacher_ids: list[int],  # [M]
@@ -125,7 +125,7 @@ def containing_tokens(
     sides = zip((student_ids, teacher_ids), (a.student_ends, a.teacher_ends), vocab.tokens)
     leads = tuple(template_bytes(torch.tensor(ids, dtype=torch.long), ends, a.stride, tokens)
                   for ids, ends, tokens in sides)
-    containing = np.searchsorted(a.teacher_ends, said.start[0], side='right')
+    containing = np.searchsorted(a.teacher_ends, batch.start[0], side='right')
     found, whitespace, mismatched = [], 0, 0
     for p, g in enumerate(containing.tolist()):
         place = Place(p, g, int(a.student_ends[p] // a.stride))
@@ -133,8 +133,8 @@ def containing_tokens(
             mismatched += 1
             continue
         stops = student_ids[p] in vocab.stops[0], teacher_ids[g] in vocab.stops[1]
-        if not continues_same_text(said, place, leads, stops): mismatched += 1
-        elif not train_whitespace and is_whitespace(said.wrote[p]): whitespace += 1
+        if not continues_same_text(batch, place, leads, stops): mismatched += 1
+        elif not train_whitespace and is_whitespace(batch.wrote[p]): whitespace += 1
         else: found.append(place)
     return Places(found, whitespace, mismatched)
 
@@ -147,7 +147,7 @@ class LongerToken(NamedTuple):
 
 # %% ../../nbs/02_alignment/07_byte_positions.ipynb #c014
 def longer_tokens(
-    said: BatchText,       # of the batch
+    batch: BatchText,      # see `batch_text`
     a: Alignment,          # of the batch
     px: PrefixMap,          # of the pair
     start: int,            # laid-out offset at which a student token begins
@@ -156,14 +156,14 @@ def longer_tokens(
     max_tokens: int = 8,   # tokens that are followed
 ) -> list[LongerToken]:    # shortest first
     "The student tokens that the text continues with and that reach beyond the teacher token."
-    ahead, out = said.at(a.stride, start, start + px.student.max_bytes), []
+    ahead, out = batch.at(a.stride, start, start + px.student.max_bytes), []
     for n in range(left + 1, len(ahead) + 1):
         if len(out) == max_tokens: break
         event = px.student.index(ahead[:n])
         if event < 0: continue
         last = int(np.searchsorted(a.teacher_ends, start + n))  # teacher token in which byte n lies
-        if not said.exact[teacher:last].all(): break
-        rest = said.at(a.stride, said.start[1][last], start + n)
+        if not batch.exact[teacher:last].all(): break
+        rest = batch.at(a.stride, batch.start[1][last], start + n)
         out.append(LongerToken(event, last - teacher, rest))
     return out
 
@@ -191,19 +191,19 @@ class Located:
 
 # %% ../../nbs/02_alignment/07_byte_positions.ipynb #b007
 def locate_one(
-    said: BatchText,  # of the batch
+    batch: BatchText, # see `batch_text`
     a: Alignment,     # of the batch
     px: PrefixMap,     # of the pair
     place: Place,     # a student position and the teacher's
     token: bytes,     # of the teacher position
 ) -> Location:        # of a position that is not the end of a turn
     "How far into the teacher token a student position is, and what may reach beyond it."
-    start = int(said.start[0][place.student])
-    offset = start - int(said.start[1][place.teacher])
-    if not said.exact[place.teacher]: return Location(offset, None, [])
+    start = int(batch.start[0][place.student])
+    offset = start - int(batch.start[1][place.teacher])
+    if not batch.exact[place.teacher]: return Location(offset, None, [])
     left = len(token) - offset
     return Location(offset, TeacherToken(px.teacher.index(token), token[:offset], left),
-                    longer_tokens(said, a, px, start, left, place.teacher))
+                    longer_tokens(batch, a, px, start, left, place.teacher))
 
 # %% ../../nbs/02_alignment/07_byte_positions.ipynb #c015
 def locate(
@@ -215,14 +215,14 @@ def locate(
     train_whitespace: bool = False,  # keep positions where the student wrote whitespace alone
 ) -> Located:
     "Where each student position stands in the teacher's tokens."
-    said = batch_text(a, student_ids, teacher_ids, vocab, px)
-    places = containing_tokens(said, a, student_ids, teacher_ids, vocab, train_whitespace)
+    batch = batch_text(a, student_ids, teacher_ids, vocab, px)
+    places = containing_tokens(batch, a, student_ids, teacher_ids, vocab, train_whitespace)
     table, stops = vocab.tokens[1].table, vocab.stops[0]
     at = []
     for place in places.found:
         token = table[teacher_ids[place.teacher]]
         ends_turn = student_ids[place.student] in stops
-        at.append(Location(-1, None, []) if ends_turn else locate_one(said, a, px, place, token))
+        at.append(Location(-1, None, []) if ends_turn else locate_one(batch, a, px, place, token))
     student, teacher, row = np.array(places.found, np.int64).reshape(-1, 3).T
     steps = np.array([max((x.steps for x in here.longer), default=0) for here in at], np.int64)
     units = replace(a, student_start=student, student_len=np.ones_like(student),

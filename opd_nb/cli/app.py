@@ -267,9 +267,9 @@ def chat_flags() -> Flags:
     add('--prompt', metavar='TEXT', action='append',
         help='ask this and leave; may be given several times, for one conversation')
     add('--max-new-tokens', metavar='N', type=int, default=128,
-        help='longest answer [default 128; tokens]')
+        help='longest completion [default 128; tokens]')
     add('--temperature', metavar='X', type=float, default=0.,
-        help='of the sampling; 0 takes the likeliest token [default 0]')
+        help='of the sampling; 0 takes the most likely token [default 0]')
     add('--seed', metavar='N', type=int, default=0, help='of the sampling [default 0]')
     add('--device', metavar='NAME', default='auto', help='cpu, cuda, mps [default auto]')
     return flags
@@ -374,16 +374,16 @@ def cache_line(
     tokens = (row['tokens_in'] or 0) + (row['tokens_out'] or 0)
     size = row['bytes'] / 1e6
     model = row['model'] or 'list of models'
-    return f"{model}  {row['answers']} answers, {tokens:,} tokens, {price}, {size:.2f} MB"
+    return f"{model}  {row['answers']} replies, {tokens:,} tokens, {price}, {size:.2f} MB"
 
 @command
 def cache(
     argv: list[str],    # --clear [MODEL], --teacher-cache FILE
 ) -> int:
-    "Show or clear the answers of API teachers that are kept"
+    "Show or clear the stored replies of API teachers"
     flags = Flags('opd cache', summary('cache'))
     flags.add_argument('--clear', nargs='?', const='', metavar='MODEL',
-                       help='forget the answers of this model, or all')
+                       help='forget the replies of this model, or all')
     flags.add_argument('--teacher-cache', metavar='FILE',
                        help='the file, if it is not the one that the settings name')
     given = flags.parse_args(argv)
@@ -391,8 +391,8 @@ def cache(
     store = ReplyStore(given.teacher_cache or OPDConfig().teacher_cache)
     models = [row['model'] for row in store.table()]
     if given.clear and given.clear not in models: raise unknown('model', given.clear, models)
-    if given.clear is not None: print(f'{store.clear(given.clear or None)} answers are gone')
-    print(f'{store.path}  {store.size / 1e6:.1f} MB, {len(store)} answers')
+    if given.clear is not None: print(f'{store.clear(given.clear or None)} replies are gone')
+    print(f'{store.path}  {store.size / 1e6:.1f} MB, {len(store)} replies')
     for row in store.table(): print(cache_line(row))
     return 0
 

@@ -39,7 +39,7 @@ def eval_flags() -> Flags:
              'are compared [default auto]')
     add('--batch-size', default='auto', metavar='N', help='requests at a time [default auto]')
     add('--answer-tokens', type=int, metavar='N',
-        help="longest answer, in tokens [default: the task's own]")
+        help="longest completion, in tokens [default: the task's own]")
     add('--judge', metavar='SPEC',
         help='a teacher that scores answers to your own questions, such as openrouter:MODEL')
     add('--out', metavar='DIR', help='folder of the reports [default EVAL_OUTPUT_DIR]')

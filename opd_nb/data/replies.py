@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..core.errors import BadInput
 from .plan import MessageRequest
-from ..hosted.store import ReplyStore, StoredReply, packed
+from ..hosted.store import ReplyStore, StoredReply
 
 # %% ../../nbs/07_data/04_replies.ipynb #c005a
 def made_folder(

@@ -21,9 +21,8 @@ from tqdm import tqdm
 
 from ..core.errors import BadInput
 from ..core.types import Conversation
-from ..core.html import html_image, write_report
 from ..models.lm import LM
-from ..monitor.curves import plot_log  # curves and pages, for whoever looks for them here
+
 from .stats import difference, mean_interval
 from .scoring import answer
 from .lm_eval import Options, Task

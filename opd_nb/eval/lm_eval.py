@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_count', 'Options', 'text_hash', 'Task', 'need_lm_eval', 'quiet_libraries', 'quiet', 'without', 'no_tick',
-           'wrapped', 'means', 'figures_of', 'chosen', 'record_of', 'LmRequest', 'Answered', 'run_lm_eval',
+           'wrapped', 'means', 'metrics_of', 'chosen', 'record_of', 'LmRequest', 'Answered', 'run_lm_eval',
            'answers_of', 'ask_lm_eval', 'shots_of', 'without_addresses', 'main_metric', 'lm_eval_task']
 
 # %% ../../nbs/10_eval/03_lm_eval.ipynb #c003
@@ -221,7 +221,7 @@ def means(
     return [m for m, f in task.aggregation().items() if getattr(f, '__name__', f) == 'mean']
 
 # %% ../../nbs/10_eval/03_lm_eval.ipynb #c018
-def figures_of(
+def metrics_of(
     samples: list[dict],  # what lm-eval logged of one question, one for each filter
     kept: list[str],      # metrics, see `means`
 ) -> dict[str, float]:    # metric -> its value on this question
@@ -261,7 +261,7 @@ def record_of(
     if scored and isinstance(target, int) and 0 <= target < len(arguments):
         target = arguments[target][1].strip()
     record = dict(prompt=arguments[0][0], target=str(target), answer=str(answer))
-    record['figures'] = figures_of(samples, kept)
+    record['figures'] = metrics_of(samples, kept)
     if any(too_long(a[0], a[1] if isinstance(a[1], str) else None) for a in arguments):
         record['cut'] = True
     return record
@@ -403,7 +403,7 @@ def main_metric(
         raise BadInput(
             'task',
             config['task'],
-            f'has no figure that is a mean over questions ({metrics})',
+            f'has no metric that is a mean over questions ({metrics})',
             'Ask it with lm-eval itself; models cannot be compared on it question by question.',
         )
     return 'acc_norm' if 'acc_norm' in named else named[0]

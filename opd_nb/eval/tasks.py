@@ -10,7 +10,6 @@ __all__ = ['SHIPPED', 'TASKS', 'shipped_tasks', 'data_folder', 'find_task_file',
 
 # %% ../../nbs/10_eval/05_tasks.ipynb #c003
 import hashlib
-import json
 import os
 from dataclasses import replace
 from functools import lru_cache
@@ -24,10 +23,9 @@ from ..core.errors import BadInput, unknown
 from ..core.registry import Registry
 from ..core.config import OPDConfig
 from ..core.types import Conversation
-from ..models.lm import LM
 from ..data.formats import READERS, load_conversations, read_rows
 from . import scoring as answers
-from .scoring import REFERENCE_MARKS, answer
+from .scoring import REFERENCE_SCORERS, answer
 from .choices import FIGURES, as_choices, without_marks
 from opd_nb.eval.lm_eval import (
     Options, Task, text_hash, lm_eval_task, need_lm_eval, quiet, shots_of,
@@ -207,7 +205,7 @@ def local_task(
 def answer_task(
     name: str,                             # in tables
     conversations: list[Conversation],     # to be asked
-    marks: dict[str, Callable],            # metric -> (conversations, texts) -> a score for each
+    scorers: dict[str, Callable],          # metric -> (conversations, texts) -> a score for each
     main: str,                             # the metric that decides
     options: Options,                      # how to ask
     spec: dict,                            # what identifies the scores
@@ -236,11 +234,11 @@ def answer_task(
 
     def score(rows, records):
         chosen, texts = [asked[i] for i in rows], [r['answer'] for r in records]
-        columns = [mark(chosen, texts) for mark in marks.values()]
-        return [dict(zip(marks, map(float, row))) for row in zip(*columns)]
+        columns = [scorer(chosen, texts) for scorer in scorers.values()]
+        return [dict(zip(scorers, map(float, row))) for row in zip(*columns)]
 
     questions = [dict(messages=list(c.messages), metadata=c.metadata) for c in asked]
-    spec = spec | dict(marks=sorted(marks), chat=options.chat, longest=max_new_tokens)
+    spec = spec | dict(marks=sorted(scorers), chat=options.chat, longest=max_new_tokens)
     return Task(name, questions, ask, main, spec, mark=score)
 
 # %% ../../nbs/10_eval/05_tasks.ipynb #c022
@@ -261,12 +259,12 @@ def own_data(
             f'the first is row {bare[0]}',
             'Add answers, or name a judge: --judge api:URL#MODEL.',
         )
-    marks = {} if bare else dict(REFERENCE_MARKS)
+    scorers = {} if bare else dict(REFERENCE_SCORERS)
     if judged:
-        marks['judge'] = judged
+        scorers['judge'] = judged
     code = text_hash(Path(answers.__file__).read_text(encoding='utf-8'))
     main = 'judge' if judged else 'rougeL'
-    task = answer_task(Path(path).stem, rows, marks, main, options, dict(judge=who, marking=code))
+    task = answer_task(Path(path).stem, rows, scorers, main, options, dict(judge=who, marking=code))
     return replace(task, source=described(Path(path), len(rows)))
 
 # %% ../../nbs/10_eval/05_tasks.ipynb #c025

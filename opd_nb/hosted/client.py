@@ -53,7 +53,7 @@ def strict_reader(
         except (BadInput, Malformed, Refused):
             raise
         except ODD_FORM as e:
-            raise Malformed(f'an answer of another form ({type(e).__name__})') from None
+            raise Malformed(f'a reply of another form ({type(e).__name__})') from None
     return strict
 
 # %% ../../nbs/05_hosted/04_client.ipynb #c008
@@ -224,7 +224,7 @@ class Client:
         if isinstance(error, ValueError): return Malformed('half a JSON document')
         if isinstance(error, TooLong): return Unreadable(str(error))
         if isinstance(error, Redirected): return self.redirected(error)
-        if isinstance(error, openai.APITimeoutError): return self.gone_for(0, 'no answer in time')
+        if isinstance(error, openai.APITimeoutError): return self.gone_for(0, 'no reply in time')
         if isinstance(error, openai.APIConnectionError): return self.gone_for(0, 'no connection')
         if not isinstance(error, openai.APIStatusError):
             return self.gone_for(0, f'an error of the SDK ({type(error).__name__})')

@@ -199,14 +199,20 @@ class Yard:
         opens = token.isdigit() or token == '('
         if opens != self.expect_value: raise NotAnExpression(f'{token!r} is out of place')
         if token.isdigit():
-            if len(token) > 9: raise NotAnExpression('a number is too long')
-            self.values.append(Fraction(int(token)))
-            self.used.append(int(token))
-            self.expect_value = False
+            self.number(token)
         elif token == '(':
             self.ops.append(token)
         else:
             self.operator(token)
+
+    def number(self,
+        token: str,  # digits
+    ):
+        "Take a number."
+        if len(token) > 9: raise NotAnExpression('a number is too long')
+        self.values.append(Fraction(int(token)))
+        self.used.append(int(token))
+        self.expect_value = False
 
     def operator(self,
         token: str,  # an operator or ')'

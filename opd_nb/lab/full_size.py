@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'COMMON', 'ACROSS', 'FULL', 'HOW', 'FullShape', 'Full', 'Card', 'memory_of', 'step_seconds',
-           'estimate_recipe', 'puzzles_for', 'full_configs', 'same_settings', 'run_full']
+           'estimate_recipe', 'with_form', 'puzzles_for', 'full_configs', 'same_settings', 'train_or_resume',
+           'run_full']
 
 # %% ../../nbs/12_lab/10_full_size.ipynb #c003
 from dataclasses import dataclass, field
@@ -37,10 +38,13 @@ class FullShape:
     @property
     def body(self) -> int:
         "Weights of the layers."
+        return self.layers * (self.attention + 3 * self.dim * self.inner + 2 * self.dim)
+
+    @property
+    def attention(self) -> int:
+        "Weights of the attention of one layer."
         matrices = self.dim * self.head * (2 * self.heads + 2 * self.kv)
-        biases = self.bias * self.head * (self.heads + 2 * self.kv)
-        attention = matrices + biases
-        return self.layers * (attention + 3 * self.dim * self.inner + 2 * self.dim)
+        return matrices + self.bias * self.head * (self.heads + 2 * self.kv)
 
     @property
     def weights(self) -> int:
@@ -183,6 +187,14 @@ HOW = (
 )
 
 
+def with_form(
+    c: Conversation,  # of `draw`
+) -> Conversation:
+    "A puzzle that says how it is to be answered."
+    prompt = dict(role='user', content=f"{c.prompt[0]['content']} {HOW}")
+    return Conversation((prompt, *c.messages[1:]), c.metadata)
+
+
 def puzzles_for(
     path: Path | str,      # JSONL file to write
     n: int = 2000,
@@ -191,10 +203,7 @@ def puzzles_for(
     **kind,                # of `draw`
 ) -> str:
     "Puzzles for an instruction-tuned model, with the form of the answer said in the prompt."
-    rows = []
-    for c in draw(n, seed, answers=answers, **kind):
-        prompt = dict(role='user', content=f"{c.prompt[0]['content']} {HOW}")
-        rows.append(Conversation((prompt, *c.messages[1:]), c.metadata))
+    rows = [with_form(c) for c in draw(n, seed, answers=answers, **kind)]
     save_conversations(rows, path)
     return str(path)
 
@@ -233,13 +242,21 @@ def same_settings(
     )
 
 # %% ../../nbs/12_lab/10_full_size.ipynb #c016
+def train_or_resume(
+    config: OPDConfig,   # of one run
+):
+    "Train a run; one that was interrupted goes on."
+    from opd_nb.training.loop import train
+    resume = (config.output_dir / 'log.jsonl').exists()
+    train(config.model_copy(update=dict(resume=resume)))
+
+
 def run_full(
     configs: dict[str, OPDConfig],  # of `full_configs`
     tell: Callable = print,         # called with a line for each run
 ) -> dict[str, str]:                # method -> folder of its student
     "Train every method of a recipe that is not finished, and say where the students are."
-    from opd_nb.training.loop import train
-    import opd_nb.losses.trl_gold  # registers gold_trl
+    import opd_nb.losses.trl_gold  # noqa: F401; registers gold_trl
 
     done = {}
     for name, config in configs.items():
@@ -248,7 +265,6 @@ def run_full(
             same_settings(config)
         else:
             tell(f'{name}: training, {config.max_steps} steps')
-            resume = (config.output_dir / 'log.jsonl').exists()
-            train(config.model_copy(update=dict(resume=resume)))
+            train_or_resume(config)
         done[name] = str(final)
     return done

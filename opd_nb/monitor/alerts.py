@@ -146,11 +146,11 @@ def falling_coverage(now, start):
 
 # %% ../../nbs/08_monitor/03_alerts.ipynb #c026
 @rule('stop_rate',
-      remedy='If the samples are good answers that are cut, raise --max-new-tokens '
+      remedy='If the samples are good completions that are truncated, raise --max-new-tokens '
              '(it is {max_new_tokens}); else lower --learning-rate (it is {learning_rate:g}) '
              'or use --lam 0.5, since reference answers end.')
 def falling_stop_rate(now, start):
-    """Far fewer answers end by themselves; a cut answer never shows the teacher its end, so the
+    """Far fewer completions end by themselves; a truncated one never shows the teacher its end, so the
     student cannot learn to stop."""
     return now['stop_rate'] < .5 * start['stop_rate']
 
@@ -159,7 +159,7 @@ def falling_stop_rate(now, start):
       remedy='Look at samples. Mix reference answers in (--lam 0.5), or cap the length '
              '(--max-new-tokens, it is {max_new_tokens}).')
 def length_inflation(now, start):
-    """Answers grow much longer than they were; often they say nothing more, and the teacher
+    """Completions grow much longer than they were; often they say nothing more, and the teacher
     finds each further token easy."""
     return now['length'] > 1.5 * start['length']
 
@@ -168,7 +168,7 @@ def length_inflation(now, start):
       remedy='Lower --learning-rate (it is {learning_rate:g}), '
              'mix reference answers in (--lam 0.5), or use a loss over distributions (--loss gold or strict, --beta 0).')
 def repetition(now, start):
-    """Answers repeat themselves: a loop costs little with any teacher, so a loss on sampled
+    """Completions repeat themselves: a loop costs little with any teacher, so a loss on sampled
     tokens rewards it."""
     return now['repetition'] > max(.2, start['repetition'] + .1)
 
@@ -186,7 +186,7 @@ def entropy_collapse(now, start):
       remedy='Use forward KL (--beta 0) where the teacher is uncertain, --temperature 1 or above '
              '(it is {temperature:g}), more prompts in a step (--batch {batch}).')
 def diversity_loss(now, start):
-    "Different prompts get ever more alike answers."
+    "Different prompts get ever more similar completions."
     return now['distinct'] < .6 * start['distinct']
 
 # %% ../../nbs/08_monitor/03_alerts.ipynb #c035

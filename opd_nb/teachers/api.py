@@ -10,7 +10,6 @@ __all__ = ['log', 'SCORING_APIS', 'OPENROUTER', 'OPENROUTER_HEADERS', 'signal_fr
 # %% ../../nbs/06_teachers/09_api.ipynb #c003
 import logging
 import math
-from typing import Callable
 
 import torch
 

@@ -116,7 +116,7 @@ def sendable_prefix(
 RequestSize = Callable[[str], int]  # tokens that a request reads, of the text it ends in
 
 class PrefixWalk:
-    "The likeliest next tokens after prefixes of a completion, from a chat endpoint."
+    "The most likely next tokens after prefixes of a completion, from a chat endpoint."
     name = 'prefix_walk'
 
     def __init__(self,

@@ -152,7 +152,7 @@ def continue_greedily(
     stops: tuple[int, ...],  # token ids that end a completion
     max_new_tokens: int,     # in the teacher's tokens
 ) -> list[int]:              # token ids, the stop included where there is one
-    "The likeliest next token, again and again."
+    "The most likely next token, again and again."
     ids = list(prompt)
     while len(ids) < min(len(prompt) + max_new_tokens, reader.n_ctx):
         logits = next(reader.rows(ids, len(ids) - 1))[0]

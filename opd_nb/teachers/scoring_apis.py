@@ -433,7 +433,7 @@ class Echo(OneRequest):
         names: TokenNames,      # of the teacher's tokens
         k: int,                 # top-k tokens wanted
     ) -> dict[int, float]:
-        "The k likeliest of a row, by id."
+        "The top-k tokens of a row, by id."
         said = [(t, lp) for t, lp in row.items() if not math.isnan(read_logprob(lp))]
         best = sorted(said, key=lambda x: -x[1])[:k]
         return names.by_id([dict(token=t, logprob=lp) for t, lp in best])

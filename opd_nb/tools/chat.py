@@ -54,7 +54,7 @@ class ChatModel:
 
     def answer(self,
         text: str,                 # what was typed
-        max_new_tokens: int = 128, # longest answer
+        max_new_tokens: int = 128, # longest completion
         temperature: float = 0.,   # 0 is greedy
         seed: int = 0,
     ) -> str:

@@ -90,7 +90,7 @@ def reward_line(
     get_method('grpo')(SimpleNamespace(config=config), [])
     for c in rows if config.data else (): REWARDS[config.reward](c, '')
     return Line('ok', 'reward',
-                f'{config.reward}, of {config.num_generations} answers to each prompt')
+                f'{config.reward}, of {config.num_generations} completions to each prompt')
 
 # %% ../../nbs/11_tools/03_doctor.ipynb #c012
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ def cost_line(
 ) -> Line:
     "What scoring one completion took."
     dollars = m['dollars'] if isinstance(m['dollars'], str) else f"${m['dollars']:.6f}"
-    return Line('ok', 'one answer',
+    return Line('ok', 'completion',
                 f"{m['seconds']:.3f} s, {m['requests']} requests, {m['tokens']} tokens, {dollars}, "
                 f"for {m['bytes']} bytes in {m['positions']} positions")
 
@@ -332,7 +332,7 @@ def overlap_line(
     metrics: dict[str, float],   # see `agreement_metrics`
 ) -> Line:
     "How far apart student and teacher are."
-    text = (f"{metrics['overlap']:.0%} of the likeliest tokens are common, "
+    text = (f"{metrics['overlap']:.0%} of the top-k tokens are common, "
             f"first choices agree at {metrics.get('top1_agreement', 0):.0%}")
     if metrics['overlap'] >= 1 / 3: return Line('ok', 'overlap', text)
     return Line('warning', 'overlap', text,
@@ -410,7 +410,7 @@ def check_teacher(
     if not teacher: return None, None
     lines, wrong = attempt('teacher', lambda: teacher_lines(teacher, config))
     yield from lines or wrong
-    measured, wrong = attempt('one answer', lambda: measure_one(teacher))
+    measured, wrong = attempt('completion', lambda: measure_one(teacher))
     yield from wrong or [cost_line(measured)]
     return teacher, None if measured is None else measured['seconds']
 

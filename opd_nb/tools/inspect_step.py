@@ -244,7 +244,7 @@ def distil_once(
                        'Ask something else, or try another --seed.')
     rollouts, signals = score(teacher, sampled)
     if not rollouts:
-        raise BadInput('prompt', question, 'led to an answer that this teacher cannot read',
+        raise BadInput('prompt', question, 'led to a completion that this teacher cannot read',
                        'Take a teacher whose vocabulary spells every character, '
                        'or ask something else.')
     found = loss_and_gradient(pair, rollouts, signals)

@@ -51,7 +51,7 @@ def grpo(
     reward = REWARDS[c.reward]
     if backward and c.num_generations < 2:
         raise BadInput('num_generations', c.num_generations,
-                       'must be at least 2 for grpo: an answer is judged by its siblings',
+                       'must be at least 2 for grpo: a completion is compared with the others of its prompt',
                        'Use --num-generations 8.')
     if not rollouts: return MethodLoss(0., 0., 0, [])  # this process has none
     rewards = [reward(r.conversation, r.text) for r in rollouts]

@@ -263,7 +263,7 @@ def choose_monitored(
         return Monitored(setting, mode, wanted, mode == 'max')
     name = next(n for n in ('reward', 'mark', 'loss') if metrics.get(n) is not None)
     if wanted != 'auto' and run.state.is_main_process:
-        log.warning('monitor = %r is no figure of this run, so the %s decides; there are %s',
+        log.warning('monitor = %r is no metric of this run, so the %s decides; there are %s',
                     setting, 'lowest loss' if name == 'loss' else f'highest {name}',
                     ', '.join(k for k in metrics if k not in ('event', 'step')))
     return Monitored(setting, mode, name, name != 'loss')

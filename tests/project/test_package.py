@@ -90,6 +90,29 @@ def test_public_names():
     assert set(relied_on) <= set(opd_nb.PUBLIC) <= set(dir(opd_nb)) and all(callable(getattr(opd_nb, name)) for name in opd_nb.PUBLIC)
 
 
+def beside_the_public_api(cells):
+    "What these cells import of the package that is not promised to stay; the game of the laboratory may be used."
+    import opd_nb
+    names = {m for m in imported(cells) if m and m.split('.')[0] == 'opd_nb'}
+    return sorted(m for m in names if m != 'opd_nb' and not m.startswith('opd_nb.lab') and m.removeprefix('opd_nb.') not in opd_nb.PUBLIC)
+
+
+@pytest.mark.parametrize('name', 'quickstart distill synthesize teachers evaluate validate'.split())
+def test_run_notebooks_use_the_public_api(name):
+    cells = json.loads((ROOT / 'nbs' / 'runs' / f'{name}.ipynb').read_text(encoding='utf-8'))['cells']
+    assert not beside_the_public_api(''.join(c['source']) for c in cells if c['cell_type'] == 'code')
+
+
+def test_readme_uses_the_public_api():
+    blocks = re.findall(r'```python\n(.*?)```', (ROOT / 'README.md').read_text(encoding='utf-8'), re.S)
+    assert blocks and not beside_the_public_api(blocks)
+
+
+@pytest.mark.parametrize('planted', ['from opd_nb.models.lm import LM', 'from opd_nb.models import lm', 'import opd_nb.models.lm as it', 'from opd_nb import models', 'def f():\n    from opd_nb import models'])
+def test_that_guard_sees_a_planted_import(planted):
+    assert beside_the_public_api([planted]) and not beside_the_public_api(['from opd_nb import LM\nfrom opd_nb.lab import countdown'])
+
+
 @pytest.mark.parametrize('nb', sorted((ROOT / 'nbs' / 'runs').glob('*.ipynb')), ids=lambda p: p.stem)
 def test_old_names_are_used_by_nobody(nb):
     import opd_nb
@@ -105,6 +128,32 @@ def test_old_modules_are_found(tmp_path):
     done = subprocess.run([sys.executable, '-W', 'always::DeprecationWarning', '-c', f'{lines}\nfrom opd_nb.types import BadInput\nfrom opd_nb.losses import gold\nfrom opd_nb.engine import LossOutput, get_loss\nfrom opd_nb import countdown\ncountdown.verify'], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert 'opd_nb.types is opd_nb.core.types and opd_nb.core.errors now' in done.stderr
+
+
+def test_renamed_functions_are_found():
+    "By module and name of the first layout, with a warning that says what they are called now."
+    lines = ['import warnings, opd_nb', "warnings.simplefilter('ignore')", 'from importlib import import_module',
+             'for old, names in opd_nb.RENAMED.items():', '    for name in names: getattr(import_module(f"opd_nb.{old}"), name)',
+             "warnings.simplefilter('always')", 'from opd_nb.engine import over_pieces, inside', 'from opd_nb.models import head_agrees', 'from opd_nb.distil import distil_rows',
+             'from opd_nb.losses import chunked', 'from opd_nb.models import lm', 'assert over_pieces is chunked.sum_over_blocks and head_agrees is lm.head_matches']
+    done = subprocess.run([sys.executable, '-c', '\n'.join(lines)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for said in ('opd_nb.engine.over_pieces is opd_nb.losses.chunked.sum_over_blocks now', 'opd_nb.models.head_agrees is opd_nb.models.lm.head_matches now', 'opd_nb.distil.distil_rows was divided'):
+        assert said in done.stderr
+
+
+def test_distil_rows_is_called_as_before():
+    "Seven arguments by place, as a trainer on another library calls it."
+    import opd_nb, torch
+    from opd_nb.lab import countdown
+    from opd_nb.training.batch import loss_for
+    lm, teacher = opd_nb.LM.load('tiny:student'), opd_nb.load_teacher('tiny:')
+    vocab = opd_nb.VocabMap.build(lm.codec, teacher.codec)
+    rollouts = [r for r in opd_nb.rollout(lm, countdown.draw(4, 0), 12, 0) if r.ids]
+    with pytest.warns(DeprecationWarning): from opd_nb.distil import distil_rows
+    out, metrics = distil_rows(lm, teacher, vocab, loss_for('bpm', vocab, teacher), rollouts, 'none', -float('inf'))
+    out.total.backward()
+    assert out.weight > 0 and torch.isfinite(out.total) and {'teacher_nll', 'dropped', 'overlap'} <= {name for _, named in metrics for name in named}
 
 
 def test_the_table_of_old_names_is_complete():

@@ -31,7 +31,7 @@ def test_doctor_looks_at_a_real_server(llama, tmp_path, capsys):
     assert status == 0 and {level for level, *_ in lines} <= {'ok', 'warning'} and KEY not in text
     assert found['mode'] == ('ok', 'llama_cpp') and 'top 8' in found['scores'][1] and 'bpm' in found['losses'][1]
     assert any(topic == 'way' and said.startswith('llama_cpp: yes') for _, topic, said in lines) and any(said.startswith('prompt_logprobs: no') for _, topic, said in lines)
-    cost = found['one'][1]
+    cost = found['completion'][1]
     assert ' requests' in cost and '$0.000000' not in cost and '$' in cost
     assert found['time'][0] == 'ok' and '$0.00 ' not in found['dollars'][1] and 'for the run' in found['dollars'][1]
     status, lines, text = opd(capsys, *words, '--student', 'tiny:', '--loss', 'gold')
@@ -47,7 +47,7 @@ def test_each_look_measures_the_teacher_and_not_the_cache(llama, tmp_path, capsy
         assert 0 < len(seen) - first < first  # the completion, and not the probe
         faults.extend(['expired'] * 2)  # to the question whether it is the same model, and to the one that is measured
         status, lines, text = opd(capsys, *words)
-        assert status == 1 and ['stop', 'one'] in [line[:2] for line in lines] and 'HTTP 401' in text and KEY not in text
+        assert status == 1 and ['stop', 'completion'] in [line[:2] for line in lines] and 'HTTP 401' in text and KEY not in text
 
 
 def test_wrong_tokenizer_is_a_stop(llama, tmp_path, capsys):
@@ -59,8 +59,8 @@ def test_cache_of_a_real_server(llama, tmp_path, capsys):
     words = ['--teacher-cache', tmp_path / 'a']
     opd(capsys, 'doctor', '--teacher', f'api:{llama}', '--teacher-tokenizer', tiny_folder('teacher'), *words)
     status, _, text = opd(capsys, 'cache', *words)
-    assert status == 0 and ' tokens, ' in text and ' answers' in text
-    assert '0 answers' in opd(capsys, 'cache', '--clear', *words)[2].splitlines()[1]
+    assert status == 0 and ' tokens, ' in text and ' replies' in text
+    assert '0 replies' in opd(capsys, 'cache', '--clear', *words)[2].splitlines()[1]
 
 
 def test_a_vocabulary_that_spells_little(tmp_path, capsys):
