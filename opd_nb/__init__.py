@@ -222,7 +222,7 @@ RENAMED = {old: dict(pair.split('=') for pair in pairs.split()) for old, pairs i
     prefix_losses='Reading=BatchText begins=start_offsets columns=target_columns '
                   'governed=containing_tokens longer=longer_tokens mapped=map_remainders '
                   'move_spans=move_to_longer places=locate reading=batch_text '
-                  'unsaid=non_text_ids writes_blanks=writes_whitespace_alone',
+                  'writes_blanks=writes_whitespace_alone',
     probe='ASKED=PROBE_MESSAGES CHANGED=MAX_MODEL_GAP KNOWN=KNOWN_TEXT choose=choose_mode '
           'findings=probe_endpoint first_listed=first_token_top nearby=is_private '
           'same_model=check_same_model tries=try_all try_walk=try_prefix_walk',
