@@ -224,13 +224,10 @@ def train(
 ) -> int:
     "Distil a teacher into a student: opd train --preset laptop"
     config = read_settings(argv, 'opd train')
-    from opd_nb.monitor.report import run_report
+    from opd_nb.monitor.report import end_of_run, run_report
     from opd_nb.training import loop
     done = loop.train(config)
-    last = next((e for e in reversed(done.events) if e['event'] == 'validation'), done.events[-1])
-    line = f"{done.steps} steps in {done.seconds:.0f} s; loss {last['loss']:.4f}"
-    if 'top1_agreement' in last: line += f", top-1 agreement {last['top1_agreement']:.1%}"
-    print(line)
+    print(end_of_run(done.events, done.seconds))
     outputs = dict(student=done.student, best=done.best, log=done.folder / 'log.jsonl',
                    report=run_report(done.folder))
     for label, path in outputs.items(): print(f'{label:8} {path}')
