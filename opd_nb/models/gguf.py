@@ -304,7 +304,7 @@ class Vocabulary:
         data = text.encode()
         ids = (ctypes.c_int32 * (len(data) + 8))()
         n = self.C.llama_tokenize(self.vocab, data, len(data), ids, len(ids), ends, special)
-        assert n >= 0, 'more tokens than bytes'
+        if n < 0: raise ValueError('has more tokens than bytes')
         return list(ids[:n])
 
     def unknown(self,
