@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from ..core.errors import BadInput, unknown
+from ..core.files import expanded
 
 warnings.filterwarnings('ignore', message='IProgress not found')  # plain progress bars will do
 
@@ -41,7 +42,7 @@ def looks_local(
 ) -> bool:
     "Whether this is a folder rather than a Hub id."
     if path.startswith(('.', '/', '~')) or '\\' in path: return True
-    return path.count('/') != 1 or Path(path).expanduser().exists()
+    return path.count('/') != 1 or expanded(path).exists()
 
 def model_folder(
     path: str,   # of a folder
@@ -49,7 +50,7 @@ def model_folder(
     spec: str,   # as the user typed it
 ) -> str:
     "A folder that holds a model or adapters. Raises `BadInput` for any other."
-    folder = Path(path).expanduser()
+    folder = expanded(path)
     if not folder.is_dir():
         raise BadInput(role, spec,
                        'must be a folder or a Hub id such as Qwen/Qwen2.5-0.5B-Instruct',

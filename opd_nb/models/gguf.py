@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from ..core.errors import BadInput
+from ..core.files import expanded
 from .lm import first_line
 
 # %% ../../nbs/03_models/07_gguf.ipynb #c006
@@ -135,7 +136,7 @@ def find_file(
     cache_dir: str | None = None, # of the Hub's downloads; the usual one if not set
 ) -> Path:
     "The GGUF file that a spec means, downloaded if necessary."
-    local = Path(spec).expanduser()
+    local = expanded(spec)
     if local.is_file(): return local
     if local.is_dir():
         names = sorted(p.name for p in local.glob('*.gguf'))
