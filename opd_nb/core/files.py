@@ -84,7 +84,8 @@ def write_checksums(
     folder: Path,
 ):
     "Write down what the files in a folder hold."
-    files = sorted(p for p in folder.iterdir() if p.is_file() and p.name != CHECKSUMS)
+    files = sorted(p for p in folder.iterdir()
+                   if p.is_file() and p.name != CHECKSUMS and p.suffix != '.md')
     lines = [f'{checksum(p)}  {p.name}\n' for p in files]
     (folder / CHECKSUMS).write_text(''.join(lines), encoding='utf-8')
 

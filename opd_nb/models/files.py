@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from ..core.errors import BadInput, unknown
-from ..core.files import expanded
+from ..core.files import CHECKSUMS, damaged_files, expanded
 
 warnings.filterwarnings('ignore', message='IProgress not found')  # plain progress bars will do
 
@@ -59,6 +59,10 @@ def model_folder(
         raise BadInput(role, spec, 'must hold a model: config.json and weights',
                        'Point to the folder that save_pretrained wrote, '
                        'in a run that is best/ or final/.')
+    if damaged := [name for name in damaged_files(folder) if name.endswith('.safetensors')]:
+        raise BadInput(role, spec, f'is damaged: {", ".join(damaged)} is not what was written',
+                       'Copy it again, or take another checkpoint of its run; if you changed it '
+                       f'on purpose, delete {CHECKSUMS} beside it.')
     return str(folder)
 
 def model_path(

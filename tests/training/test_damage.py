@@ -203,3 +203,15 @@ def test_the_command_ends_with_what_is_so(prompts, tmp_path, capsys, broken_teac
     assert main(['train', *flags(settings.model_dump(mode='json', exclude_defaults=True))]) == 0
     said = capsys.readouterr().out
     assert says in said and '3 steps changed nothing' in said and 'loss 0' not in said, said
+
+
+def test_a_damaged_student_is_not_loaded(run, prompts):
+    "Nor exported, asked or evaluated; its card and its settings may be edited."
+    from opd_nb.models.lm import LM
+    (run / 'final' / 'README.md').write_text('my student')
+    (run / 'final' / 'generation_config.json').write_text('{}')
+    LM.load(str(run / 'final'), device='cpu')
+    flip(run / 'final' / 'model.safetensors')
+    with pytest.raises(BadInput, match='is damaged: model.safetensors is not what was written'): LM.load(str(run / 'final'), device='cpu')
+    (run / 'final' / 'SHA256SUMS').unlink()
+    LM.load(str(run / 'final'), device='cpu')
