@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..core.crashes import guarded
 from ..core.errors import BadInput, unknown
 from ..core.sources import OTHERS_KEYS, read_env
 from ..core.flags import Flags
@@ -45,9 +46,10 @@ def failed(
     return status
 
 # %% ../../nbs/13_cli/04_app.ipynb #c008
+@guarded
 def main(
     argv: list[str] | None = None,  # words after `opd`; those of the process if not given
-) -> int:  # exit status: 0 done, 2 wrong input, 75 the teacher is gone for now, 130 interrupted
+) -> int:  # exit status: 0 done, 2 wrong input, 75 the teacher is gone for now, 130 interrupted; see `guarded`
     "Run a subcommand. A mistake in the input becomes one sentence and not a traceback."
     argv = sys.argv[1:] if argv is None else argv
     set_up_logging()
