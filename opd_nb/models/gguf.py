@@ -22,6 +22,7 @@ import torch
 
 from ..core.errors import BadInput
 from ..core.files import expanded
+from .files import use_cache_without_hub
 from .lm import first_line
 
 # %% ../../nbs/03_models/07_gguf.ipynb #c006
@@ -195,6 +196,7 @@ def from_hub(
     rank, cached = quant_rank(wanted), cached_files(repo, revision, cache_dir)
     exact = [n for n in cached if (n == name if name else quant_of(n) == rank)]
     why = ''
+    if not exact: use_cache_without_hub()
     try:
         names = exact or HfApi(token=token).list_repo_files(repo, revision=revision)
     except Exception as e:  # offline, or a closed repository
