@@ -266,8 +266,9 @@ def check_unchanged(
 
 def _resolved(name: str, value: object) -> object:
     "A path that exists as an absolute one; other values as they are."
-    if name in ('student', 'data') and value and Path(value).exists(): return Path(value).resolve()
-    return value
+    if name not in ('student', 'data') or not isinstance(value, str): return value
+    try: return Path(value).resolve() if value and Path(value).exists() else value
+    except (OSError, ValueError): return value  # too long for a path, or with a null byte
 
 # %% ../../nbs/09_training/06_checkpoints.ipynb #r003
 FIXED_SETTINGS = ('student', 'revision', 'lora', 'lora_r', 'lora_alpha', 'lora_target', 'optimizer')
