@@ -252,7 +252,8 @@ def distil_once(
     alignment = align([r.ends], [teacher_ends])
     token_bytes = bytes_by_token(r.data, r.ends), bytes_by_token(r.data, teacher_ends)
     chunks = chunk_table(alignment, token_bytes, *look_up(pair, teacher, r, signal), found.out)
-    predicted, measured = check_loss_gradient(pair, rollouts, signals, found)
+    predicted, measured = check_loss_gradient(pair, scored.rollouts,
+                                              scored.signals, found)
     prompts = render_prompt(student.codec, conversation), render_prompt(teacher.codec, conversation)
     return Step(prompts, r, token_bytes, alignment, chunks, pair.loss.name, found.value,
                 found.trained, found.grad_norm, predicted, measured, found.metrics)
