@@ -325,8 +325,7 @@ def probe_round(
     rows = [r for r in rollouts[:n_trained] if r.ids]
     if rows and not is_hosted(pair.teacher):
         scored = score(pair.teacher, rows)
-        if scored.rollouts:
-            metrics = loss_and_gradient(pair, scored.rollouts, scored.signals).metrics
+        metrics = loss_and_gradient(pair, scored.rollouts, scored.signals).metrics
     return Round(asked, rollouts, sampled - start, time.perf_counter() - sampled, metrics)
 
 
