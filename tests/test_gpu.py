@@ -51,7 +51,8 @@ def compared(student, teacher, name, rows, **how):
     "The loss, and the gradient of each weight, brought to the CPU."
     vocab = VocabMap.build(student.codec, teacher.codec)
     student.model.zero_grad()
-    batch = read_and_align(student, *score(teacher, rows), vocab)
+    scored = score(teacher, rows)
+    batch = read_and_align(student, scored.rollouts, scored.signals, vocab)
     out, _ = distillation_loss(batch, loss_for(name, vocab, teacher), **how)
     out.total.backward()
     return out.total.item(), {k: p.grad.double().cpu() for k, p in student.model.named_parameters() if p.grad is not None}

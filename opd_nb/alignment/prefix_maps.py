@@ -22,6 +22,7 @@ import numpy as np
 from filelock import FileLock
 
 from ..core.errors import BadInput
+from ..core.files import cache_home, expanded
 from .tokens import TokenBytes
 from .vocab import Events, VocabMap, ids_by_bytes
 
@@ -91,7 +92,7 @@ def content_hash(
 # %% ../../nbs/02_alignment/05_prefix_maps.ipynb #c013
 def cache_folder() -> Path:
     "`OPD_CACHE` or `~/.cache/opd_nb`. Raises `BadInput` if it is not writable."
-    folder = Path(os.environ.get('OPD_CACHE') or '~/.cache/opd_nb').expanduser()
+    folder = expanded(os.environ.get('OPD_CACHE') or cache_home() / 'opd_nb')
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK): raise PermissionError(13, 'Permission denied')

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..core.crashes import guarded
 from ..core.errors import BadInput, unknown
 from ..core.sources import OTHERS_KEYS, read_env
 from ..core.flags import Flags
@@ -45,9 +46,10 @@ def failed(
     return status
 
 # %% ../../nbs/13_cli/04_app.ipynb #c008
+@guarded
 def main(
     argv: list[str] | None = None,  # words after `opd`; those of the process if not given
-) -> int:  # exit status: 0 done, 2 wrong input, 75 the teacher is gone for now, 130 interrupted
+) -> int:  # exit status: 0 done, 2 wrong input, 75 the teacher is gone for now, 130 interrupted; see `guarded`
     "Run a subcommand. A mistake in the input becomes one sentence and not a traceback."
     argv = sys.argv[1:] if argv is None else argv
     set_up_logging()
@@ -224,13 +226,10 @@ def train(
 ) -> int:
     "Distil a teacher into a student: opd train --preset laptop"
     config = read_settings(argv, 'opd train')
-    from opd_nb.monitor.report import run_report
+    from opd_nb.monitor.report import end_of_run, run_report
     from opd_nb.training import loop
     done = loop.train(config)
-    last = next((e for e in reversed(done.events) if e['event'] == 'validation'), done.events[-1])
-    line = f"{done.steps} steps in {done.seconds:.0f} s; loss {last['loss']:.4f}"
-    if 'top1_agreement' in last: line += f", top-1 agreement {last['top1_agreement']:.1%}"
-    print(line)
+    print(end_of_run(done.events, done.seconds))
     outputs = dict(student=done.student, best=done.best, log=done.folder / 'log.jsonl',
                    report=run_report(done.folder))
     for label, path in outputs.items(): print(f'{label:8} {path}')

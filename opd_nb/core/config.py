@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from pydantic_settings import CliSettingsSource
 
 from .errors import unknown
+from .files import write_whole
 from .settings import SECRETS, Settings, TOPICS
 from .sources import (ENV_KEYS, SPEC_KEYS, explain, read_env, read_file, read_keys,
                                  read_preset, teacher_spec, unknown_variables, warn_once)
@@ -102,8 +103,7 @@ class OPDConfig(Settings):
         path: str | Path,  # YAML file to write
     ):
         "Write the settings so that `opd train --config` repeats the run."
-        text = yaml.safe_dump(self.kept(), sort_keys=False, allow_unicode=True)
-        Path(path).write_text(text, encoding='utf-8')
+        write_whole(path, yaml.safe_dump(self.kept(), sort_keys=False, allow_unicode=True))
 
 # %% ../../nbs/01_core/07_config.ipynb #c040
 PLAIN = (str, int, float, list, dict, type(None))  # types of a papermill parameter

@@ -14,6 +14,8 @@ from pathlib import Path
 from jinja2 import Environment
 from markupsafe import Markup
 
+from .files import write_whole
+
 # %% ../../nbs/01_core/09_html.ipynb #c010
 def html_image(
     fig,           # matplotlib figure
@@ -72,7 +74,7 @@ def write_page(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     page = PAGE.render(title=title, summary=summary, style=Markup(STYLE), body=Markup(body))
-    path.write_text(page, encoding='utf-8')
+    write_whole(path, page)
     return path
 
 # %% ../../nbs/01_core/09_html.ipynb #c015

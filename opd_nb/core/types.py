@@ -53,9 +53,9 @@ class Rollout:
 
     def __post_init__(self):
         n = len(self.ids)
-        assert n == len(self.ends), f"{n} ids but {len(self.ends)} ends"
-        if self.logprobs is None: return
-        assert n == len(self.logprobs), f"{n} ids but {len(self.logprobs)} logprobs"
+        if n != len(self.ends): raise ValueError(f'{n} ids but {len(self.ends)} ends')
+        if self.logprobs is not None and n != len(self.logprobs):
+            raise ValueError(f'{n} ids but {len(self.logprobs)} logprobs')
 
     @property
     def text(self) -> str:

@@ -164,7 +164,10 @@ def datasets_rows(
     where, _, part = (name, '', '') if is_folder else name.partition('#')
     try:
         if Path(where).is_dir(): found = datasets.load_from_disk(where)
-        else: found = datasets.load_dataset(*where.split(':'))
+        else:
+            from opd_nb.models.files import use_cache_without_hub
+            use_cache_without_hub()
+            found = datasets.load_dataset(*where.split(':'))
         return _split_rows(found, part)
     except BadInput: raise
     except Exception as e:  # network, permissions, formats: errors of every kind come out of there

@@ -236,11 +236,11 @@ def _check_plan_values(plan: pd.DataFrame, path: str | Path):
         remedy = 'Write how many questions the record has.'
         raise _plan_error(path, 'has a row whose turns are not between 1 and 20', remedy)
     for text in plan.metadata.unique():
-        try:
-            assert isinstance(json.loads(text), dict)
-        except (ValueError, AssertionError):
+        try: value = json.loads(text)
+        except ValueError: value = None
+        if not isinstance(value, dict):
             remedy = 'Write a JSON object there, {} if there is nothing to say.'
-            raise _plan_error(path, f'has metadata = {text[:40]!r}', remedy) from None
+            raise _plan_error(path, f'has metadata = {text[:40]!r}', remedy)
 
 # %% ../../nbs/07_data/03_plan.ipynb #w004
 def read_plan(

@@ -17,6 +17,7 @@ import torch
 import yaml
 
 from ..core.errors import BadInput
+from ..core.files import expanded
 from ..core.config import OPDConfig
 from ..models.lm import LM, model_path
 from .lm_eval import text_hash
@@ -42,7 +43,7 @@ def is_run(
     path: str,  # a spec
 ) -> bool:
     "Whether it is the folder of a training run."
-    folder = Path(path).expanduser()
+    folder = expanded(path)
     run = (folder / 'config.yaml').is_file() and (folder / 'log.jsonl').is_file()
     return run and not (folder / 'config.json').is_file()
 
@@ -69,7 +70,7 @@ def of_run(
     run: str = '',       # goes before each name
 ) -> list[Entry]:        # base, each step-N, best, final
     "The students that a run left behind, with the one it began with."
-    folder = Path(folder).expanduser()
+    folder = expanded(folder)
     config = yaml.safe_load((folder / 'config.yaml').read_text())
     given = {k: config[k] for k in ('template', 'revision') if config.get(k)}  # trust is the command line's to give
     saved = saved_students(folder)

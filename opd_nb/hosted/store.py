@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.errors import BadInput
+from ..core.files import cache_home, expanded
 
 log = logging.getLogger('opd_nb')
 
@@ -33,8 +34,7 @@ def request_key(
 # %% ../../nbs/05_hosted/02_store.ipynb #c009
 def default_cache() -> Path:
     "Where replies are kept if nobody says otherwise."
-    caches = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache')
-    return caches / 'opd_nb' / 'answers.sqlite'
+    return cache_home() / 'opd_nb' / 'answers.sqlite'
 
 # %% ../../nbs/05_hosted/02_store.ipynb #w002
 TABLE = """CREATE TABLE IF NOT EXISTS answers
@@ -64,7 +64,7 @@ class ReplyStore:
         path: str | Path | None = None,  # the file; `default_cache()` if not set
         exclusive: bool = False,         # refuse a second process
     ):
-        self.path, self.exclusive = Path(path or default_cache()).expanduser(), exclusive
+        self.path, self.exclusive = expanded(path or default_cache()), exclusive
         self.connections = threading.local()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -22,6 +22,7 @@ from typing import Callable
 from filelock import FileLock, Timeout
 
 from ..core.errors import unknown
+from ..core.files import cache_home
 from .students import PAIRS
 from .arms import ARMS, FAST, TRIAL, RunBudget
 from .run import arm_settings, experiment, reference
@@ -310,7 +311,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser('opd_nb.lab.queue', description=about)
     folder = 'Folder of the results, a JSON file for each run.'
     p.add_argument('--folder', required=True, help=folder)
-    cache = str(Path.home() / '.cache' / 'opd_nb' / 'laboratory')
+    cache = str(cache_home() / 'opd_nb' / 'laboratory')
     made_once = 'Folder of students and answers that are made once.'
     p.add_argument('--cache', default=cache, help=made_once)
     hours = 'Begin no run after so many hours.'

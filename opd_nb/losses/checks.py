@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TOY_STUDENT', 'TOY_TEACHER', 'BREAD', 'ToyCodec', 'tokenise_at_random', 'LossInputs', 'with_logprobs', 'random_side',
-           'toy_batch', 'one_block', 'naming', 'check_gradient', 'check_zero', 'without_token', 'check_empty',
+           'toy_batch', 'one_block', 'require', 'check_gradient', 'check_zero', 'without_token', 'check_empty',
            'is_finite', 'check_values', 'rows_of', 'check_splits', 'check_number_formats', 'check_blocks',
            'check_weights', 'listed', 'check_listed', 'check_loss', 'side_of', 'bread', 'gradient', 'plot_push',
            'plot_gradients']
@@ -116,13 +116,14 @@ def one_block(
     return Block(*map(torch.tensor, spans), student_ids, teacher_ids, None, slice(0, len(units)))
 
 # %% ../../nbs/04_losses/12_checks.ipynb #b004
-def naming(
+def require(
+    holds: bool,                   # the property
     loss: Callable,                # that is checked
     options: dict[str, object],    # of the loss
-    message: str,                  # what went wrong
-) -> str:
-    "A message that says which loss with which options failed."
-    return f'{loss.__name__} {options}: {message}'
+    message: str,                  # what is wrong if it does not hold
+):
+    "Raise an `AssertionError` that names loss and options, also where Python skips `assert`."
+    if not holds: raise AssertionError(f'{loss.__name__} {options}: {message}')
 
 # %% ../../nbs/04_losses/12_checks.ipynb #c013
 def check_gradient(
@@ -142,7 +143,7 @@ def check_gradient(
         return loss(student, t, al, v, **options).total
 
     right = torch.autograd.gradcheck(total, (s.hidden, s.head.weight))
-    assert right, naming(loss, options, 'the gradient is not that of the value')
+    require(right, loss, options, 'the gradient is not that of the value')
     frozen, trained = total(s.hidden, s.head.weight.detach()), total(s.hidden, s.head.weight)
     torch.testing.assert_close(*(torch.autograd.grad(x, s.hidden) for x in (frozen, trained)))
 
@@ -156,9 +157,9 @@ def check_zero(
     s, t, al, v = toy_batch(2, same=True)
     out = loss(s, t, al, v, **options)
     total = out.total.item()
-    assert not value or abs(total) < 1e-7, naming(loss, options, f'{total} for student = teacher')
+    require(not value or abs(total) < 1e-7, loss, options, f'{total} for student = teacher')
     largest = torch.autograd.grad(out.total, s.hidden)[0].abs().max().item()
-    assert largest < 1e-7, naming(loss, options, f'a gradient of {largest} for student = teacher')
+    require(largest < 1e-7, loss, options, f'a gradient of {largest} for student = teacher')
 
 # %% ../../nbs/04_losses/12_checks.ipynb #c018
 def without_token(
@@ -180,7 +181,7 @@ def check_empty(
     def empty(x): return replace(x, hidden=x.hidden[:0], ids=x.ids[:0], logprobs=x.logprobs[:0])
     out = loss(empty(s), empty(t), align([], []), v, **options)
     nothing = len(out) == 0 and out.weight == 0 and out.total == 0
-    assert nothing, naming(loss, options, 'something out of nothing')
+    require(nothing, loss, options, 'something out of nothing')
 
 def is_finite(
     out,         # `LossOutput`
@@ -202,9 +203,9 @@ def check_values(
         s, t, al, v = toy_batch(seed)
         if seed % 2: t = without_token(t, seed % t.width)
         out = loss(s, t, al, v, **options)
-        assert is_finite(out, s), naming(loss, options, 'not finite')
+        require(is_finite(out, s), loss, options, 'not finite')
         smallest = min([smallest, *out.values.tolist()])
-    assert not divergence or smallest > -1e-9, naming(loss, options, f'{smallest} is negative')
+    require(not divergence or smallest > -1e-9, loss, options, f'{smallest} is negative')
     check_empty(loss, **options)
     return smallest
 
@@ -237,7 +238,7 @@ def check_splits(
         summed = torch.autograd.grad(sum(p.total for p in parts), s.hidden)[0]
         torch.testing.assert_close(summed, gradient, atol=1e-9, rtol=0)
         same_weight = abs(sum(p.weight for p in parts) - whole.weight) < 1e-9
-        assert same_weight, naming(loss, options, 'the parts have another weight than the whole')
+        require(same_weight, loss, options, 'the parts have another weight than the whole')
 
 def check_number_formats(
     loss: Callable,  # as above
@@ -249,7 +250,7 @@ def check_number_formats(
     out = loss(s, t, al, v, **options)
     gradient = torch.autograd.grad(out.total, s.hidden)[0]
     formats = out.total.dtype, gradient.dtype
-    assert formats == (torch.float32, torch.bfloat16), naming(loss, options, 'number formats')
+    require(formats == (torch.float32, torch.bfloat16), loss, options, 'number formats')
     torch.testing.assert_close(out.total.double(), expected, rtol=.05, atol=.05)
 
 # %% ../../nbs/04_losses/12_checks.ipynb #c021
@@ -283,10 +284,11 @@ def check_weights(
     torch.testing.assert_close(without.total, other_rows.total)
     gradient = torch.autograd.grad(without.total, s.hidden)[0]
     untrained = gradient[weight == 0].abs().max() == 0
-    assert untrained, naming(loss, options, 'a position of weight 0 is trained')
+    require(untrained, loss, options, 'a position of weight 0 is trained')
     double = loss(replace(s, weight=weight * 2), t, al, v, **options)
     torch.testing.assert_close(double.total, 2 * without.total)
-    assert abs(double.weight - 2 * without.weight) < 1e-9
+    require(abs(double.weight - 2 * without.weight) < 1e-9, loss, options,
+            'a weight of 2 is not twice a weight of 1')
 
 # %% ../../nbs/04_losses/12_checks.ipynb #c027
 def listed(
@@ -311,9 +313,9 @@ def check_listed(
     torch.testing.assert_close(complete.total, dense.total, atol=1e-6, rtol=1e-6)
     for k, every in ((2, 1), (1, 1), (3, 1000)):
         out = loss(s, listed(t, k, every), al, v, **options)
-        assert is_finite(out, s), naming(loss, options, f'not finite with {k} entries')
+        require(is_finite(out, s), loss, options, f'not finite with {k} entries')
         skipped = every == 1 or len(out) < len(dense)
-        assert skipped, naming(loss, options, 'rows without a list are trained')
+        require(skipped, loss, options, 'rows without a list are trained')
 
 # %% ../../nbs/04_losses/12_checks.ipynb #c030
 def check_loss(

@@ -57,7 +57,7 @@ def check_fsdp_settings(
             raise BadInput(name, value, 'cannot be had under FSDP', f'Use {remedy}.')
     if config.optimizer != 'adamw' or ',' in config.teacher:
         field = 'optimizer' if config.optimizer != 'adamw' else 'teacher'
-        raise BadInput(field, config.optimizer, 'cannot be had under FSDP',
+        raise BadInput(field, getattr(config, field), 'cannot be had under FSDP',
                        'Use --optimizer adamw and one teacher.')
 
 # %% ../../nbs/03_models/06_fsdp.ipynb #c008

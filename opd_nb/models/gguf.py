@@ -21,6 +21,8 @@ import numpy as np
 import torch
 
 from ..core.errors import BadInput
+from ..core.files import expanded
+from .files import use_cache_without_hub
 from .lm import first_line
 
 # %% ../../nbs/03_models/07_gguf.ipynb #c006
@@ -135,7 +137,7 @@ def find_file(
     cache_dir: str | None = None, # of the Hub's downloads; the usual one if not set
 ) -> Path:
     "The GGUF file that a spec means, downloaded if necessary."
-    local = Path(spec).expanduser()
+    local = expanded(spec)
     if local.is_file(): return local
     if local.is_dir():
         names = sorted(p.name for p in local.glob('*.gguf'))
@@ -194,6 +196,7 @@ def from_hub(
     rank, cached = quant_rank(wanted), cached_files(repo, revision, cache_dir)
     exact = [n for n in cached if (n == name if name else quant_of(n) == rank)]
     why = ''
+    if not exact: use_cache_without_hub()
     try:
         names = exact or HfApi(token=token).list_repo_files(repo, revision=revision)
     except Exception as e:  # offline, or a closed repository
@@ -304,7 +307,7 @@ class Vocabulary:
         data = text.encode()
         ids = (ctypes.c_int32 * (len(data) + 8))()
         n = self.C.llama_tokenize(self.vocab, data, len(data), ids, len(ids), ends, special)
-        assert n >= 0, 'more tokens than bytes'
+        if n < 0: raise ValueError('has more tokens than bytes')
         return list(ids[:n])
 
     def unknown(self,

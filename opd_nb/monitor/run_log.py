@@ -31,7 +31,10 @@ def explain_write_errors(
     "Turn what a full or missing disk raises into a `BadInput`."
     try: yield
     except (OSError, RuntimeError, SafetensorError) as e:
-        full = path.parent.is_dir() and shutil.disk_usage(path.parent).free < MIN_FREE_BYTES
+        if not path.parent.is_dir():
+            raise BadInput('output_dir', str(path), 'could not be written: its folder is gone',
+                           'See what deleted it.') from None
+        full = shutil.disk_usage(path.parent).free < MIN_FREE_BYTES
         why = 'the disk is full' if full else ' '.join(str(e).split())[:160] or type(e).__name__
         raise BadInput('output_dir', str(path), f'could not be written ({why})',
                        'Free some space, and go on with --resume: what was saved before is whole.') from None

@@ -14,6 +14,7 @@ import uuid
 from pathlib import Path
 
 from ..core.errors import BadInput, unknown
+from ..core.files import write_whole
 from ..core.settings import SECRETS, TRACKERS
 from ..core.config import OPDConfig
 from .run_log import metric_of
@@ -66,7 +67,7 @@ def run_id(
 ) -> str:
     "A random id for the run that stays the same when it is resumed."
     path = Path(folder) / 'run_id'
-    if not path.exists(): path.write_text(uuid.uuid4().hex[:8], encoding='utf-8')
+    if not path.exists(): write_whole(path, uuid.uuid4().hex[:8])
     found = path.read_bytes().decode('utf-8', errors='replace').strip()
     if re.fullmatch(r'[\w-]{1,64}', found): return found
     raise BadInput('run_id', reprlib.repr(found), f'must be a name of letters and digits in {path}',

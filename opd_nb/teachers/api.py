@@ -21,7 +21,8 @@ from ..models.lm import set_template_arguments
 from ..hosted.pricing import Estimate, TeacherGone
 from ..hosted.store import ReplyStore
 from ..hosted.client import Endpoint, Request, Refused
-from .base import Capabilities, Teacher, register_teacher, secret_value
+from .base import (Capabilities, Teacher, Unscored, register_teacher,
+                                  secret_value)
 from .scoring_apis import (Echo, LlamaCpp, PromptLogprobs, Reply, RequestCost,
                                           SGLang, TokenNames, TokenScores, read_text)
 from .generation_apis import (Continuation, PrefixWalk, RequestSize, SequenceJudge,
@@ -287,20 +288,34 @@ class APITeacher(Teacher):
     def score(self,
         conversations: list[Conversation],  # whose prompts were answered
         completions: list[tuple[bytes, bool]],  # (bytes, stopped) of each
-        on_error: str = 'raise',  # of no effect: what the endpoint refuses gets an empty signal
-    ) -> list[Signal]:
+        on_error: str = 'raise',  # what the endpoint refuses gets an empty signal, or is returned
+    ) -> list[Signal | Unscored]:
         "One signal for each completion. Raises `TeacherGone` if the endpoint refuses all of them."
         self.show_cost(conversations, completions)
         work = [score_completion(self, c, *x) for c, x in zip(conversations, completions)]
         signals = self.endpoint.run(work, 'teacher')
         refused = [s for s in signals if isinstance(s, Refused)]
+        self.refused += len(refused)
+        if on_error == 'return':
+            return [self.unscored(i, completions[i], s) if isinstance(s, Refused) else s
+                    for i, s in enumerate(signals)]
         if refused and len(refused) == len(signals):
             raise TeacherGone(self.endpoint.who, f'refuses every completion ({refused[0]})',
                               'See what it says; shorter prompts or a smaller MAX_NEW_TOKENS may '
                               'be needed.')
-        self.refused += len(refused)
         pairs = zip(signals, completions)
         return [empty_signal(self, *x) if isinstance(s, Refused) else s for s, x in pairs]
+
+    def unscored(self,
+        i: int,                          # number of the completion
+        completion: tuple[bytes, bool],  # (bytes, stopped)
+        refusal: Refused,                # what the endpoint says of it
+    ) -> Unscored:
+        "The error of a completion that the endpoint refuses."
+        return Unscored(f'record {i}', completion[0].decode(errors='replace'),
+                        f'is refused by {self.endpoint.who} ({refusal})',
+                        'Where it is too long, lower MAX_NEW_TOKENS or --max-prompt-tokens.',
+                        'refused')
 
     def generate(self,
         conversations: list[Conversation],  # to be completed

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TEACHERS', 'SEPARATOR', 'WEIGHTED_SPEC', 'Capabilities', 'Teacher', 'MinimalTeacher', 'as_teacher',
-           'register_teacher', 'parse_specs', 'load_teacher', 'EncodedRecord', 'encode_record', 'encode_records',
-           'row_blocks', 'decode_completions', 'secret_value', 'measure_scoring', 'describe']
+           'register_teacher', 'parse_specs', 'load_teacher', 'Unscored', 'EncodedRecord', 'encode_record',
+           'encode_records', 'row_blocks', 'decode_completions', 'secret_value', 'measure_scoring', 'describe']
 
 # %% ../../nbs/06_teachers/01_base.ipynb #h003
 import inspect
@@ -174,6 +174,19 @@ def load_teacher(
     if scheme not in TEACHERS: raise unknown('teacher', spec, [f'{k}:' for k in TEACHERS.names])
     return as_teacher(TEACHERS[scheme](rest, config))
 
+# %% ../../nbs/06_teachers/01_base.ipynb #6f28f879
+class Unscored(BadInput):
+    "A completion that a teacher cannot score."
+    def __init__(self,
+        field: str,    # which record
+        value,         # its completion or prompt
+        allowed: str,  # what is wrong with it
+        remedy: str,   # the next thing to do
+        reason: str,   # 'too_long', 'unreadable' or 'refused'
+    ):
+        super().__init__(field, value, allowed, remedy)
+        self.reason = reason
+
 # %% ../../nbs/06_teachers/01_base.ipynb #c045
 class EncodedRecord(NamedTuple):
     "A prompt and a completion in a teacher's tokens."
@@ -188,26 +201,26 @@ def encode_record(
     completion: tuple[bytes, bool],  # (bytes, stopped)
     codec: ChatCodec,                # the teacher's
     context: float,                  # tokens that fit
-) -> EncodedRecord | BadInput:
+) -> EncodedRecord | Unscored:
     "A record in the teacher's tokens, or what is wrong with it."
     which, shown = f'record {i}', completion[0].decode(errors='replace')
     try:
         data, stopped = completion  # an empty one that goes on is the teacher's own to write
         prompt_ids = codec.prompt(conversation.prompt, data if data or stopped else None)
         ids, ends = codec.write(data, stopped)
-    except BadInput as e: return BadInput(which, e.value, e.allowed, e.remedy)
+    except BadInput as e: return Unscored(which, e.value, e.allowed, e.remedy, 'unreadable')
     except ValueError as e:
         remedy = ('Leave the record out, or take a teacher that can read it: '
                   'a vocabulary with bytes spells every character.')
-        return BadInput(which, shown, str(e), remedy)
+        return Unscored(which, shown, str(e), remedy, 'unreadable')
     if not prompt_ids:
         why = 'has a prompt without a token, so nothing predicts the first token of the completion'
-        return BadInput(which, conversation.prompt, why, 'Give it a prompt.')
+        return Unscored(which, conversation.prompt, why, 'Give it a prompt.', 'unreadable')
     if len(prompt_ids) + len(ids) <= context: return EncodedRecord(prompt_ids, list(ids), ends)
     why = f'has {len(prompt_ids)} + {len(ids)} tokens, but the context holds {context}'
     remedy = ('Lower MAX_NEW_TOKENS, or leave the record out; a GGUF teacher that was trained for '
               'more reads more with a higher TEACHER_N_CTX.')
-    return BadInput(which, shown, why, remedy)
+    return Unscored(which, shown, why, remedy, 'too_long')
 
 # %% ../../nbs/06_teachers/01_base.ipynb #c046
 def encode_records(
@@ -216,7 +229,7 @@ def encode_records(
     codec: ChatCodec,                       # the teacher's
     context: float,                         # tokens that fit
     on_error: str = 'raise',  # 'raise' the first `BadInput`, or 'return' it in the record's place
-) -> list[EncodedRecord | BadInput]:
+) -> list[EncodedRecord | Unscored]:
     "Records in the teacher's tokens."
     pairs = zip(conversations, completions)
     records = [encode_record(i, *pair, codec, context) for i, pair in enumerate(pairs)]

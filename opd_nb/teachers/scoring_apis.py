@@ -27,7 +27,9 @@ class TokenScores:
     logprobs: list[float]         # [T] nats; NaN where it gave none
     top: list[dict[int, float]]   # [T] token id -> nats; empty where it gave none
 
-    def __post_init__(self): assert len(self.logprobs) == len(self.top)
+    def __post_init__(self):
+        if len(self.logprobs) != len(self.top):
+            raise ValueError(f'{len(self.logprobs)} logprobs but {len(self.top)} lists')
 
 # %% ../../nbs/06_teachers/05_scoring_apis.ipynb #w003
 @dataclass(frozen=True)

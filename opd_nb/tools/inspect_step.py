@@ -242,19 +242,17 @@ def distil_once(
     if not sampled[0].ids:
         raise BadInput('prompt', question, 'was answered with nothing at all',
                        'Ask something else, or try another --seed.')
-    rollouts, signals = score(teacher, sampled)
-    if not rollouts:
-        raise BadInput('prompt', question, 'led to a completion that this teacher cannot read',
-                       'Take a teacher whose vocabulary spells every character, '
-                       'or ask something else.')
-    found = loss_and_gradient(pair, rollouts, signals)
-    r, signal = rollouts[0], signals[0]
+    scored = score(teacher, sampled)
+    for e in scored.left_out:
+        raise BadInput('prompt', question, f'led to a completion that {e.allowed}', e.remedy)
+    found = loss_and_gradient(pair, scored.rollouts, scored.signals)
+    r, signal = scored.rollouts[0], scored.signals[0]
     if isinstance(signal, TextSignal): r = continue_rollout(student.codec, r, signal)
     teacher_ends = r.ends if isinstance(signal, ScoreSignal) else signal.ends
     alignment = align([r.ends], [teacher_ends])
     token_bytes = bytes_by_token(r.data, r.ends), bytes_by_token(r.data, teacher_ends)
     chunks = chunk_table(alignment, token_bytes, *look_up(pair, teacher, r, signal), found.out)
-    predicted, measured = check_loss_gradient(pair, rollouts, signals, found)
+    predicted, measured = check_loss_gradient(pair, scored.rollouts, scored.signals, found)
     prompts = render_prompt(student.codec, conversation), render_prompt(teacher.codec, conversation)
     return Step(prompts, r, token_bytes, alignment, chunks, pair.loss.name, found.value,
                 found.trained, found.grad_norm, predicted, measured, found.metrics)
@@ -325,7 +323,8 @@ def probe_round(
     sampled, metrics = time.perf_counter(), {}
     rows = [r for r in rollouts[:n_trained] if r.ids]
     if rows and not is_hosted(pair.teacher):
-        metrics = loss_and_gradient(pair, *score(pair.teacher, rows)).metrics
+        scored = score(pair.teacher, rows)
+        metrics = loss_and_gradient(pair, scored.rollouts, scored.signals).metrics
     return Round(asked, rollouts, sampled - start, time.perf_counter() - sampled, metrics)
 
 

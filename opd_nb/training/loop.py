@@ -25,6 +25,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from tqdm import tqdm
 
 from ..core.errors import BadInput
+from ..core.files import write_whole
 from ..core.config import OPDConfig
 from ..core.distributed import all_reduce_sum, all_or_none, all_gather, process_state, set_gradients
 from ..core.types import Rollout
@@ -34,11 +35,13 @@ from ..monitor.metrics import text_metrics
 from ..monitor.run_log import log_event, explain_write_errors
 from ..monitor.trackers import Trackers
 from ..monitor.report import save_samples
-from .batch import (WeightedMetrics, by_teacher, distillation_loss, micro_batches,
+from .batch import (WeightedMetrics, by_teacher, distillation_loss, fault_of,
+                                   micro_batches,
                                    read_and_align, score)
 from .methods import (LossSum, MethodLoss, Term, get_method, register_method,
                                      sample_or_reference, step_terms, weighted_means)
 from .checkpoints import (Monitored, check_resumable, open_folder, resume_run,
+                                         save_records,
                                          save_student, unlock_folder)
 from .setup import Run, prepare
 
@@ -91,14 +94,16 @@ def distil(
     whole_groups = c.score_weight == 'trajectory' or 'score' in run.teacher.capabilities.access
     for rows in micro_batches(rollouts, run.micro_batch, whole_groups):
         for teacher, texts in by_teacher(run.teacher, rows):
-            texts, signals = score(teacher, texts)           # 2. signals, from the teacher
-            if not texts: continue                           # none that it can read
+            scored = score(teacher, texts)                   # 2. signals, from the teacher
+            losses.metrics.append((1, scored.counts))
+            if not scored.rollouts: continue                 # none that it can read
             # 3. alignment of its positions and the student's, on bytes
-            batch = read_and_align(run.student, texts, signals, run.vocab, run.compute_dtype)
+            batch = read_and_align(run.student, scored.rollouts, scored.signals, run.vocab,
+                                   run.compute_dtype)
             # 4. loss, a sum over aligned chunks
             loss, metrics = distillation_loss(batch, run.loss, c.score_weight, c.min_teacher_logp,
                                               c.max_groups)
-            del signals, batch                               # frees the teacher's hidden states
+            del scored, batch                                # frees the teacher's hidden states
             # 5. backward: adds to `.grad`
             if backward and loss.total.requires_grad: loss.total.backward()
             losses.add(loss, metrics)
@@ -140,7 +145,7 @@ def all_reduce_terms(
         losses[f'loss_{t.term.method}'] = total / weight if weight else 0.
         if weight: scaled.append((t.term.factor / weight, t.gradients))
         trained += n
-    loss = sum(t.term.factor * x for t, x in zip(terms, losses.values()))
+    loss = sum(t.term.factor * x for t, x in zip(terms, losses.values())) if trained else math.nan
     if terms[0].gradients: set_gradients(run.state, run.weights, scaled)
     metrics = weighted_means([pair for t in terms for pair in all_gather(run.state, t.metrics)])
     metrics |= text_metrics(all_gather(run.state, terms[0].term.rollouts))
@@ -158,6 +163,7 @@ def update_weights(
     lr = run.optimizers[-1].param_groups[0]['lr']
     for scheduler in run.schedulers: scheduler.step()
     run.step += 1
+    run.prompts_asked += run.config.batch
     run.failed_steps = 0 if usable else run.failed_steps + 1
     return lr
 
@@ -304,6 +310,7 @@ def save_and_explain(
     "Save the run where it stands."
     if not run.step: return error   # nothing was learnt yet
     save_student(run, f'step-{run.step}')
+    save_records(run)
     remedy = (f'{error.remedy} The run is saved at step {run.step}; then go on with: '
               f'opd train --config {run.config.output_dir / "config.yaml"} --resume')
     if isinstance(error, TeacherGone): return TeacherGone(error.who, error.why, remedy)
@@ -321,20 +328,13 @@ def save_failed(
         rows = [dict(prompt=r.conversation.prompt, completion=r.text, ids=r.ids, stopped=r.stopped,
                      on_policy=r.on_policy) for r in run.last_rollouts]
         with explain_write_errors(folder / 'failed.jsonl'):
-            (folder / 'failed.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
+            write_whole(folder / 'failed.jsonl', ''.join(json.dumps(r) + '\n' for r in rows))
     save_student(run, f'step-{run.step}')
     saved = (f'The batch of step {run.step} is in {folder / "failed.jsonl"}, '
              f'the student in step-{run.step}.')
-    if last['trained']:
-        return BadInput(
-            'learning_rate', run.config.learning_rate,
-            f'led to {MAX_FAILED_STEPS} steps in a row whose gradient was no number '
-            f'(loss {last["loss"]})',
-            f'{saved} Start again with a lower --learning-rate, or from an earlier checkpoint.')
-    return BadInput(
-        'loss', run.config.loss, f'found nothing to train on in {MAX_FAILED_STEPS} steps in a row',
-        f'{saved} See what opd doctor says of the pair; where tokenizers share little, alm and pg '
-        'still work, and --cold-start-steps 100 teaches the student to answer at all.')
+    fault = fault_of(last, run.config)
+    return BadInput(fault.field, fault.value, f'{fault.allowed}, {MAX_FAILED_STEPS} steps in a row',
+                    f'{saved} {fault.remedy}')
 
 # %% ../../nbs/09_training/08_loop.ipynb #c030
 @dataclass(frozen=True)
@@ -364,6 +364,7 @@ def train(
             training_loop(run, bar)
         if run.step > first_step: save_student(run, f'step-{run.step}')  # for further steps
         final, best = save_student(run, 'final'), config.output_dir / 'best'
+        save_records(run)
         if run.trackers: run.trackers.close()
         if run.best_value is None or not best.is_dir(): best = final
         seconds = time.perf_counter() - start

@@ -33,12 +33,11 @@ from .batch import WeightedMetrics, micro_batches, read_rollouts
 # %% ../../nbs/09_training/04_methods.ipynb #c006
 def step_prompts(
     run,           # a `Run`, see `setup`
-    step: int,     # optimizer step, from 0
 ) -> list[Conversation]:  # `batch` conversations, each `num_generations` times in a row
-    "The prompts of one step."
+    "The prompts of the next step."
     config, n = run.config, len(run.train)
     prompts = []
-    for i in range(step * config.batch, (step + 1) * config.batch):
+    for i in range(run.prompts_asked, run.prompts_asked + config.batch):
         epoch, k = divmod(i, n)
         conversation = run.train[epoch_order(n, config.seed, epoch)[k]]
         prompts += [conversation] * config.num_generations
@@ -149,7 +148,7 @@ def step_terms(
     step: int,     # from 0
 ) -> list[Term]:
     "The terms of a step with their rollouts, sampled where they are on-policy."
-    c, prompts = run.config, step_prompts(run, step)
+    c, prompts = run.config, step_prompts(run)
     if c.method == 'sft' or step < c.cold_start_steps:
         return [Term(1., 'sft', reference_rollouts(run, prompts, c.num_generations))]
     terms = []
@@ -227,7 +226,7 @@ def sft(
     return losses.result
 
 # %% ../../nbs/09_training/04_methods.ipynb #c022
-SUMMED = ('dropped', 'compared')  # metrics that are counts
+SUMMED = ('dropped', 'compared', 'scored', 'left_out')  # metrics that are counts
 MAXIMA = ('ratio_max',)           # metrics that are maxima
 
 def weighted_means(
@@ -238,7 +237,7 @@ def weighted_means(
     for name in dict.fromkeys(name for _, group in metrics for name in group):
         values = [(w, group[name]) for w, group in metrics if name in group]
         found = [(w, x) for w, x in values if x == x]  # not NaN
-        if name in SUMMED:
+        if name in SUMMED or name.startswith('left_out_'):
             if found: means[name] = sum(x for _, x in found)
         elif name in MAXIMA:
             if found: means[name] = max(x for _, x in found)

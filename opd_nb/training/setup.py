@@ -28,9 +28,9 @@ from ..monitor.alerts import Watch
 from ..monitor.trackers import tracker_names
 from .rollouts import prompt_limit, rollout
 from .vllm_rollouts import rollout_function
-from .batch import loss_for
+from .batch import loss_for, warn_of_teachers_context
 from .methods import require_references
-from .checkpoints import Monitored, move_into_place
+from .checkpoints import Monitored, data_hash, move_into_place
 
 log = logging.getLogger('opd_nb')
 
@@ -53,6 +53,8 @@ class Run:
     max_prompt_tokens: int | None = None
     micro_batch: int = 64               # rollouts read at a time; halved when memory is short
     step: int = 0                       # optimizer steps taken
+    prompts_asked: int = 0              # in those steps: the position in the data
+    data_hash: str = ''                 # of `train`, see `data_hash`
     best_value: float | None = None     # best validation value so far, higher is better
     monitored: Monitored | None = None  # which metric that is
     validations_since_best: int = 0
@@ -144,13 +146,14 @@ def prepare(
     loss = teacher and loss_for(config.loss, vocab, teacher, config)
     run = Run(config, student, teacher, vocab, loss, train, val, state,
               compute_dtype=compute_dtype(config, student), sampler=rollout_function(config),
-              watch=Watch(config), micro_batch=config.micro_batch)
+              watch=Watch(config), micro_batch=config.micro_batch, data_hash=data_hash(train))
     run.max_prompt_tokens = prompt_limit(student, config.max_new_tokens, config.max_prompt_tokens)
     run.optimizers = make_optimizers(student.model, config.optimizer, config.learning_rate,
                                      config.weight_decay)
     run.schedulers = [make_schedule(o, config) for o in run.optimizers]
     check_templates(run)
     warn_of_long_prompts(run)
+    warn_of_teachers_context(run)
     return run
 
 

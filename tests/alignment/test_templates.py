@@ -11,7 +11,7 @@ from opd_nb.core.errors import BadInput
 from opd_nb.core.types import Conversation
 from opd_nb.models.lm import tiny_folder
 from opd_nb.teachers.base import encode_record
-from opd_nb.training.rollouts import as_rollout, prompt_ids
+from opd_nb.training.rollouts import as_rollout, fit_prompt
 
 USER = dict(role='user', content='What is 2+2?')
 SYSTEM = dict(role='system', content='Be brief.')
@@ -143,7 +143,7 @@ def test_readers_have_the_header_and_writers_do_not(header):
     record = encode_record(0, conversation, (b'It is 4.', True), c, 1000)
     assert c.tok.decode(record.prompt_ids).endswith('assistant\n' + header)
     assert list(as_rollout(c, conversation, 50).prompt_ids) == record.prompt_ids
-    assert prompt_ids(c, conversation) == bare
+    assert fit_prompt(c, conversation).ids == bare
     assert encode_record(0, conversation, (b'', False), c, 1000).prompt_ids == bare
 
 

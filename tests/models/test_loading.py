@@ -404,3 +404,34 @@ def test_adapters_that_brought_tokens(saved, tmp_path):
         torch.testing.assert_close(lm.model.get_input_embeddings().weight, table)
     else:
         with pytest.raises(BadInput, match='beyond the'): LM.load(str(tmp_path / 'a'))
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(tmp_path):
+    "A server that takes connections and says nothing: one request, and not six for each file of a model."
+    import socket
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        s.listen(50)
+        s.settimeout(.2)
+        program = '''
+import sys
+import opd_nb.models.files as files
+files.HUB_TIMEOUT = 1
+from opd_nb.core.errors import BadInput
+from opd_nb.models.lm import LM
+from opd_nb.data.formats import load_conversations
+from opd_nb.models.gguf import find_file
+for load in (lambda: LM.load('some/model', device='cpu'), lambda: files.load_config('some/model'), lambda: load_conversations('some/data'), lambda: find_file('some/gguf')):
+    try: load()
+    except BadInput as e: print(e)
+'''
+        env = {k: v for k, v in os.environ.items() if k not in ('HF_HUB_OFFLINE', 'TRANSFORMERS_OFFLINE')}
+        env |= dict(HF_ENDPOINT=f'http://127.0.0.1:{s.getsockname()[1]}', HF_HOME=str(tmp_path), no_proxy='*')
+        done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, env=env, timeout=120)
+        n = 0
+        while True:
+            try: s.accept()
+            except TimeoutError: break
+            n += 1
+    assert n == 1, (n, done.stderr)
+    assert len(done.stdout.splitlines()) == 4 and done.stdout.count('some/') >= 4 and 'does not answer' in done.stderr, done.stdout + done.stderr

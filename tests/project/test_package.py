@@ -186,3 +186,9 @@ def test_wheel_carries_notebooks_and_models(tmp_path):
 def test_extras():
     ini = configparser.ConfigParser(delimiters=['=']); ini.read(ROOT / 'settings.ini', encoding='utf-8')
     assert {'extra_' + e for e in 'gguf nemo eval trl vllm track'.split()} | {'dev_requirements'} <= set(ini['DEFAULT'])
+
+
+def test_no_check_is_an_assert():
+    "PYTHONOPTIMIZE=1 removes them."
+    found = [f'{p.relative_to(ROOT)}:{n.lineno}' for p in MODULES for n in ast.walk(ast.parse(p.read_text(encoding='utf-8'))) if isinstance(n, ast.Assert)]
+    assert not found, found
