@@ -19,7 +19,7 @@ import openai
 from aiolimiter import AsyncLimiter
 from tqdm import tqdm
 
-from ..core.errors import BadInput
+from ..core.errors import BadInput, printable
 from .pricing import Bill, Budget, Price, TeacherGone, price_of
 from .http import (BoundedClient, Malformed, Redirected, TooLong, secret_values,
                                 without_secrets)
@@ -76,8 +76,7 @@ def error_text(
     for quoted in sorted((t for t in texts if len(t) > 2), key=len, reverse=True):
         text = text.replace(quoted, '…').replace(json.dumps(quoted)[1:-1], '…')
     text = re.sub(r'''[\[{]['"\[{\d].*''', '…', text, flags=re.S)  # lists and objects quote too
-    text = text.partition('\n')[0][:160]
-    text = ''.join(c if c.isprintable() else ' ' for c in text)  # nothing that moves a cursor
+    text = printable(text.partition('\n')[0], 160)
     return f'HTTP {error.status_code}' + (f', {text}' if text else '')
 
 # %% ../../nbs/05_hosted/04_client.ipynb #c012

@@ -48,7 +48,7 @@ def attempt(
     try:
         with contextlib.redirect_stdout(io.StringIO()): return work(), []
     except BadInput as e:
-        text = f'{e.field} = {str(e.value)[:120]!r}: {e.allowed}'
+        text = f'{e.field} = {e.shown}: {e.allowed}'
         return None, [Line('stop', topic, ' '.join(text.split()), ' '.join(e.remedy.split()))]
     except torch.OutOfMemoryError as e:
         reason = str(e).strip().splitlines()[0][:160]
@@ -252,7 +252,7 @@ def loss_line(
     try:
         name = loss_for(config.loss, vocab, teacher, config).name
     except BadInput as e:
-        return Line('stop', 'loss', f'{e.field} = {e.value!r}: {e.allowed}', e.remedy)
+        return Line('stop', 'loss', f'{e.field} = {e.shown}: {e.allowed}', e.remedy)
     same = vocab and vocab.identical
     fits = [x for x in teacher.capabilities.losses if x != 'gkd' or same]
     if name not in fits:
