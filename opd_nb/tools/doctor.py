@@ -180,6 +180,10 @@ def teacher_lines(
     for topic, text in described.items():
         level, remedy = found.get(topic, ('ok', ''))
         lines.append(Line(level, topic, text or 'none', remedy))
+    if teacher.codec and not teacher.codec.tok.chat_template:
+        lines.append(Line('warning', 'template', 'none, so prompts go to it as plain text',
+                          'A base model wants that; of a model that chats, take one with its '
+                          'template.'))
     modes = as_teacher(teacher).probe_all_modes()
     return lines + [Line('ok', 'way', str(mode)) for mode in modes]
 
