@@ -27,7 +27,7 @@ from ..monitor.curves import plot_log  # curves and pages, for whoever looks for
 from .stats import difference, mean_interval
 from .scoring import answer
 from .lm_eval import Options, Task
-from .tasks import Unavailable, tasks_for
+from .tasks import BadQuestions, Unavailable, tasks_for
 from .models import Entry, content_key, lineup
 from .results import Results
 
@@ -173,12 +173,14 @@ def find_tasks(
     **judge,                # `judged` and `who` of `tasks_for`
 ) -> list[Task]:
     "The tasks that were asked for."
-    out = []
+    out, errors = [], []
     for spec in specs:
         try:
             out += tasks_for(spec, options, **judge)
         except Unavailable as e:
+            errors.append(e)
             failures.append(dict(model='', task=spec, why=str(e)))
+    if not out and any(isinstance(e, BadQuestions) for e in errors): raise errors[0]
     names = [t.name for t in out]
     twice = [name for name in names if names.count(name) > 1]
     if twice:

@@ -12,7 +12,7 @@ from ..data.formats import load_conversations
 from ..eval.scoring import each
 from ..eval.lm_eval import Options, Task
 from ..training.grpo import register_reward
-from ..eval.tasks import answer_task, register_task
+from ..eval.tasks import BadQuestions, answer_task, bad_questions, register_task
 from . import countdown
 
 # %% ../../nbs/12_lab/03_plugin.ipynb #n001
@@ -60,10 +60,11 @@ def countdown_task(
     options: Options,  # how to ask
 ) -> Task:
     "Countdown, scored by its verifier."
-    puzzles = load_conversations(file) if file else countdown.draw(1000, split='held_out')
+    with bad_questions():
+        puzzles = load_conversations(file) if file else countdown.draw(1000, split='held_out')
     strange = [i for i, c in enumerate(puzzles, 1) if not is_puzzle(c)]
     if strange:
-        raise BadInput(
+        raise BadQuestions(
             'tasks',
             f'countdown={file}',
             'must have numbers and target in the metadata of each row, '
