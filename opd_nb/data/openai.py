@@ -116,10 +116,11 @@ class ChatEndpoint:
     ) -> Endpoint:
         "The client, whose budget starts with what was spent in the folder before."
         options, key = self.options, self.secret.get_secret_value() or None
+        unpriced = max(0., store.spent(self.worst) - store.paid())
         return Endpoint(
             self.url, model, key, store, concurrency, per_minute,
             add_v1=False, retries=self.retries,
-            price=self.per_million, max_dollars=max_dollars, spent=store.spent(self.worst),
+            price=self.per_million, max_dollars=max_dollars, spent=unpriced,
             timeout=options.get('timeout', self.timeout),
             headers=options.get('extra_headers'), query=options.get('extra_query'))
 

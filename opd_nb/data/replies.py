@@ -125,17 +125,12 @@ class Replies(ReplyStore):
         "Move the rows of the table that earlier versions wrote."
         if not self.run("SELECT 1 FROM sqlite_master WHERE name = 'replies'"): return
         rows = self.run(f'SELECT {OLD_COLUMNS} FROM replies')
-        self.run('BEGIN')
-        try:
+        with self.transaction():
             for key, kind, role, chars, text, finish, model, *used, time in rows:
                 self.note(key, kind, role, chars)
                 made = datetime.fromisoformat(time).timestamp()
                 self.put(key, model, completion(text, finish), *used, made)
             self.run('DROP TABLE replies')
-        except BaseException:
-            self.run('ROLLBACK')
-            raise
-        self.run('COMMIT')
 
     def note(self,
         key: str,           # see `request_key`
@@ -156,6 +151,12 @@ class Replies(ReplyStore):
         reply = reply_of(stored)
         return None if reply.finish == 'nothing' and reply.dollars is None else reply
 
+    def paid(self,
+        model: str = '',   # of no effect: the limit of a folder is for all of its models
+    ) -> float:
+        "Dollars that were ever paid in this folder, also for replies that were of no use."
+        return self.run('SELECT total(dollars) FROM paid')[0][0]
+
     def total(self) -> dict:
         "Replies, tokens and dollars so far; dollars is None if a price is unknown."
         (n, read, written, dollars, unpriced), = self.run(
@@ -167,7 +168,7 @@ class Replies(ReplyStore):
     def spent(self,
         worst: Callable[[str, int], float],  # of (model, tokens read): most dollars for a reply
     ) -> float:
-        "Dollars so far, with the worst for replies that came without a count of their tokens."
+        "Dollars for replies so far, the worst for those that came without a count of their tokens."
         (dollars,), = self.run('SELECT total(dollars) FROM answers')
         unknown = self.run(
             'SELECT model, max(tokens_in, coalesce(prompt_chars, 0) / 2) '

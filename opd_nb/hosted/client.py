@@ -20,10 +20,10 @@ from aiolimiter import AsyncLimiter
 from tqdm import tqdm
 
 from ..core.errors import BadInput, printable
-from .pricing import Bill, Budget, Price, TeacherGone, price_of
+from .pricing import Account, Bill, Budget, Price, TeacherGone, price_of
 from .http import (BoundedClient, Malformed, Redirected, TooLong, secret_values,
                                 without_secrets)
-from .store import ReplyStore, request_key
+from .store import ReplyStore, StoredAccount, request_key
 
 # %% ../../nbs/05_hosted/04_client.ipynb #c006
 @dataclass(frozen=True)
@@ -147,7 +147,8 @@ class Client:
         key: str | None = None,             # secret; sent in a header and kept nowhere
         price: str | tuple[float, float] | None = None,  # see `price_of`
         max_dollars: float | None = None,   # spending limit
-        spent: float = 0.,                  # dollars spent before, which count against it
+        spent: float = 0.,                  # dollars spent before that no account has
+        account: Account | None = None,     # of what counts against the limit
         timeout: float = 120,               # seconds to wait for a whole reply
         retries: int = 6,                   # of a request, for each kind of failure
         headers: dict[str, str] | None = None,  # sent with every request
@@ -159,7 +160,8 @@ class Client:
         self.root = self.url.removesuffix('/v1')
         self.model, self.key, self.retries = model, key, retries
         self.who = display_name(parts, model)
-        self.budget = Budget(self.who, price_of(self.url, model, price), max_dollars, spent)
+        price = price_of(self.url, model, price)
+        self.budget = Budget(self.who, price, max_dollars, spent, account)
         self.client = openai.AsyncOpenAI(
             api_key=key or 'none', base_url=self.url, timeout=timeout, max_retries=retries,
             default_headers=headers, default_query=query,
@@ -263,8 +265,8 @@ class Endpoint(Client):
         extra: dict | None = None,        # added to the body of every request
         **options,                        # price, max_dollars, timeout, retries, headers
     ):
-        super().__init__(url, model, key, **options)
         self.cache, self.extra = ReplyStore() if cache is None else cache, extra or {}
+        super().__init__(url, model, key, account=StoredAccount(self.cache, model), **options)
         self.gone: TeacherGone | None = None  # why no further request is sent
         self.under_way: dict[str, asyncio.Task] = {}
         self.slots = asyncio.Semaphore(concurrency)
