@@ -4,16 +4,20 @@
 
 # %% auto #0
 __all__ = ['MAX_DEPTH', 'BETWEEN', 'SURROGATE', 'FORMULA', 'HARMLESS', 'BadLine', 'is_too_deep', 'parse_json', 'loaded',
-           'is_missing', 'is_empty', 'json_text', 'read_objects', 'as_cell', 'from_cell', 'plain_label', 'counted']
+           'is_missing', 'is_empty', 'json_text', 'read_objects', 'write_text', 'as_cell', 'from_cell', 'plain_label',
+           'counted']
 
 # %% ../../nbs/01_core/10_text.ipynb #q004
 import ast
 import json
 import math
+import os
 import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+
+from .errors import BadInput
 
 # %% ../../nbs/01_core/10_text.ipynb #q007
 MAX_DEPTH = 100   # lists and objects within each other
@@ -112,6 +116,25 @@ def read_objects(
     values = [_without_halves(parse_json(line)) for line in text.split('\n') if line.strip()]
     objects = [value for value in values if isinstance(value, dict)]
     return objects, len(values) - len(objects)
+
+# %% ../../nbs/01_core/10_text.ipynb #q031
+def write_text(
+    path: str | Path,   # file to write
+    text: str,          # half a character becomes its escape
+) -> Path:
+    "Write a file in UTF-8, whole or not at all. Raises `BadInput` if that cannot be."
+    path = Path(path)
+    is_special = path.is_symlink() or path.exists() and not path.is_file()
+    part = path if is_special else path.with_name(f'.{os.getpid()}.part')
+    try:
+        part.write_bytes(text.encode('utf-8', errors='backslashreplace'))
+        if part != path: part.replace(path)
+    except OSError as e:
+        if part != path: part.unlink(missing_ok=True)
+        raise BadInput('path', str(path), f'could not be written ({e.strerror})',
+                       'Free some space there, or name another place; what was there before is '
+                       'as it was.') from None
+    return path
 
 # %% ../../nbs/01_core/10_text.ipynb #q022
 FORMULA = re.compile(r'\s*[=＝@＠+＋\-－]')

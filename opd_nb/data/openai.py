@@ -209,7 +209,7 @@ async def fetch_completion(
     request: Request,
 ) -> dict:
     "A chat completion. Raises `SetAside` if none came, and `BadInput` if none ever will."
-    if run.budget_reached: raise run.budget_reached
+    if run.budget_reached or run.error: raise run.budget_reached or run.error
     try:
         completion, _ = await run.endpoint.fetch(request, run.chat.check_reply, rereads=2)
         return completion

@@ -13,7 +13,7 @@ from jinja2 import Environment
 from markupsafe import Markup
 
 from ..core.html import html_image
-from ..core.text import plain_label
+from ..core.text import plain_label, write_text
 from ..core.types import Conversation
 from .plan import KINDS
 from .filters import kind_of, user_text, words_of
@@ -129,5 +129,4 @@ def data_report(
     env.filters['cell'] = _cell
     image = Markup(html_image(figure)) if figure is not None else ''
     page = env.from_string(PAGE).render(title=title, summary=summary, tables=tables, picture=image)
-    path.write_text(page, encoding='utf-8', errors='backslashreplace')  # half a character, too
-    return path
+    return write_text(path, page)

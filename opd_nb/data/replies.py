@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ..core.errors import BadInput
 from .plan import MessageRequest
 from ..hosted.client import MAX_COUNT
-from ..hosted.store import ReplyStore, StoredReply, packed
+from ..hosted.store import ReplyStore, StoredReply, packed, unusable_remedy
 
 # %% ../../nbs/07_data/04_replies.ipynb #c005a
 def made_folder(
@@ -115,7 +115,7 @@ class Replies(ReplyStore):
 
     def unusable(self, why) -> BadInput:
         "The error for a file that cannot be used."
-        remedy = 'Move that file away, or choose another folder.'
+        remedy = unusable_remedy(why) or 'Move that file away, or choose another folder.'
         if 'locked' in str(why):
             remedy = 'Another run is at work there: wait for it, or choose another folder.'
         allowed = f'has a replies.sqlite that cannot be used ({why})'

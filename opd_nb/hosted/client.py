@@ -267,7 +267,7 @@ class Endpoint(Client):
     ):
         self.cache, self.extra = ReplyStore() if cache is None else cache, extra or {}
         super().__init__(url, model, key, account=StoredAccount(self.cache, model), **options)
-        self.gone: TeacherGone | None = None  # why no further request is sent
+        self.gone: TeacherGone | BadInput | None = None  # why no further request is sent
         self.under_way: dict[str, asyncio.Task] = {}
         self.slots = asyncio.Semaphore(concurrency)
         self.rate = AsyncLimiter(1, 60 / per_minute) if per_minute else None
@@ -310,8 +310,9 @@ class Endpoint(Client):
         while len(asyncio.all_tasks()) > 1: await asyncio.sleep(.01)
 
     async def ready(self):
-        "Wait for the rate limiter. Raises if the endpoint was found gone meanwhile."
+        "Wait for the rate limiter. Raises if endpoint, store or disk were found gone meanwhile."
         if self.gone: raise self.gone
+        self.cache.check_room()
         if self.rate: await self.rate.acquire()
 
     def body_of(self, request: Request) -> dict:
@@ -374,15 +375,15 @@ class Endpoint(Client):
         read: Callable,        # as for `ask`
         attempts: int | None,
     ):
-        "Send a request and store its reply. An endpoint that is gone is not asked any more."
+        "Send a request and store its reply. After an endpoint or a store is gone, none is sent."
         try:
             reply, value = await self.fetch(request, read, attempts)
-        except TeacherGone as e:
+            used, price = token_usage(reply, request), self.budget.price
+            self.cache.put(key, self.model, reply, *used, price(*used) if price else None)
+            return value
+        except (TeacherGone, BadInput) as e:  # a store that cannot be written to
             self.gone = e
             raise
-        used, price = token_usage(reply, request), self.budget.price
-        self.cache.put(key, self.model, reply, *used, price(*used) if price else None)
-        return value
 
     def again(self,
         request: Request,
