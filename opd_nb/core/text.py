@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAX_DEPTH', 'BETWEEN', 'SURROGATE', 'FORMULA', 'HARMLESS', 'BadLine', 'is_too_deep', 'parse_json', 'loaded',
-           'is_missing', 'is_empty', 'json_text', 'read_objects', 'write_text', 'as_cell', 'from_cell', 'plain_label',
-           'counted']
+           'is_missing', 'is_empty', 'json_text', 'read_objects', 'write_text', 'as_cell', 'as_shown_cell', 'from_cell',
+           'plain_label', 'counted']
 
 # %% ../../nbs/01_core/10_text.ipynb #q004
 import ast
@@ -17,7 +17,7 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import BadInput
+from .errors import BadInput, printable
 
 # %% ../../nbs/01_core/10_text.ipynb #q007
 MAX_DEPTH = 100   # lists and objects within each other
@@ -150,6 +150,12 @@ def as_cell(
     "A value that no spreadsheet calculates."
     return f"'{value}" if isinstance(value, str) and _calculates(value) else value
 
+def as_shown_cell(
+    value,   # of a table that nothing is read back from
+):
+    "The same, on one line and without characters that do not print."
+    return as_cell(printable(value) if isinstance(value, str) else value)
+
 def from_cell(
     value,   # that `as_cell` wrote
 ):
@@ -162,7 +168,7 @@ def plain_label(
     text: str,
 ) -> str:       # for a title, a legend or an annotation
     "A text that matplotlib draws as it is."
-    return str(text).replace('$', r'\$')
+    return printable(str(text), line_ends=True).replace('$', r'\$')
 
 # %% ../../nbs/01_core/10_text.ipynb #q028
 def counted(

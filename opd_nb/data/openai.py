@@ -20,7 +20,7 @@ from urllib.parse import urlparse
 import pandas as pd
 from tqdm import tqdm
 
-from ..core.errors import BadInput, unknown
+from ..core.errors import BadInput, printable, unknown
 from ..core.types import Conversation
 from .plan import PROMPTS_VERSION, Domain, MessageRequest, compose
 from .replies import (Form, Replies, Reply, SetAside, Unusable, first_reply_choice, form_of, read_reply,
@@ -155,7 +155,7 @@ class SynthesisResult:
         often = Counter(a['why'] for a in self.aside).most_common(1)
         again = sum(a['again'] for a in self.aside)
         anew = f'; the same again tries {again} anew' if again else ''
-        why = f' (most often: {often[0][0][:120]}{anew})' if often else ''
+        why = f' (most often: {printable(often[0][0], 120)}{anew})' if often else ''
         made = f'{len(self.records)} records, {len(self.aside)} set aside{why}'
         made += f', {self.pending} pending'
         return f"{made}; {self.total['replies']:,} replies, {money(self.total['dollars'])}"

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..core.errors import BadInput
+from ..core.errors import BadInput, printable
 from ..core.types import Conversation
 from ..core.html import html_image, write_report
 from ..models.lm import LM
@@ -224,7 +224,8 @@ def failure(
     error: Exception,
 ) -> dict[str, str]:
     "What went wrong, for the report."
-    why = str(error) if isinstance(error, BadInput) else f'{type(error).__name__}: {error}'
+    why = str(error)
+    if not isinstance(error, BadInput): why = f'{type(error).__name__}: {printable(why, 500)}'
     return dict(model=model, task=task, why=why)
 
 
@@ -243,7 +244,7 @@ def evaluate_model(
         results.failures.append(failure(entry.name, 'all tasks', e))
         return
     for task in results.tasks:
-        bar.set_postfix_str(f'{entry.name}, {task.name}')
+        bar.set_postfix_str(printable(f'{entry.name}, {task.name}'))
         try:
             records = asked(lm, task, Kept(folder, key, task), bar.update)
             results.records[entry.name, task.name] = records

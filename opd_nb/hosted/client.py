@@ -127,7 +127,7 @@ def display_name(
     "A model and its address as messages name them."
     short = model or 'the server'
     if model.startswith('/'): short = model.rsplit('/', 1)[-1]  # the server's path of the model
-    return f'{short} at {parts.hostname}' + (f':{parts.port}' if parts.port else '')
+    return printable(f'{short} at {parts.hostname}' + (f':{parts.port}' if parts.port else ''), 200)
 
 # %% ../../nbs/05_hosted/04_client.ipynb #c015
 REMEDIES = {

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from ..core.errors import BadInput
+from ..core.errors import BadInput, printable
 
 # %% ../../nbs/05_hosted/01_pricing.ipynb #c006
 class TeacherGone(RuntimeError):
@@ -25,7 +25,8 @@ class TeacherGone(RuntimeError):
     ):
         self.who, self.why, self.remedy = who, why, remedy
         self.status, self.reason = status, reason
-        super().__init__(f'{who} {why}. Everything it answered so far is kept. {remedy}')
+        text = f'{who} {why}. Everything it answered so far is kept. {remedy}'
+        super().__init__(printable(text))
 
 # %% ../../nbs/05_hosted/01_pricing.ipynb #c007
 class BudgetReached(TeacherGone):
