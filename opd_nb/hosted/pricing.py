@@ -196,13 +196,22 @@ class Estimate:
     tokens_in: int
     tokens_out: int
     price: Price | None
+    parts: tuple['Estimate', ...] = ()  # of a sum, each with a price of its own
 
     @property
     def dollars(self) -> float | None:
         "For all requests; None if the price is unknown."
+        if self.parts:
+            each = [part.dollars for part in self.parts]
+            return None if None in each else sum(each)
         if self.price is None: return None
         n = max(1, self.requests)
         return n * self.price(self.tokens_in / n, self.tokens_out / n)
+
+    def __add__(self, other: 'Estimate') -> 'Estimate':
+        "Both together."
+        return Estimate(self.requests + other.requests, self.tokens_in + other.tokens_in,
+                        self.tokens_out + other.tokens_out, None, (self, other))
 
     def __str__(self):
         dollars = self.dollars

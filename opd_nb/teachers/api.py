@@ -22,7 +22,8 @@ from ..models.lm import set_template_arguments
 from ..hosted.pricing import Estimate, TeacherGone
 from ..hosted.store import ReplyStore
 from ..hosted.client import Endpoint, Request, Refused
-from .base import Capabilities, Teacher, register_teacher, secret_value
+from .base import (Capabilities, Teacher, encode_records, register_teacher,
+                                  secret_value)
 from .scoring_apis import (Echo, LlamaCpp, PromptLogprobs, Reply, RequestCost,
                                           SGLang, TokenNames, TokenScores, read_text)
 from .generation_apis import (Continuation, PrefixWalk, RequestSize, SequenceJudge,
@@ -288,20 +289,51 @@ class APITeacher(Teacher):
     def score(self,
         conversations: list[Conversation],  # whose prompts were answered
         completions: list[tuple[bytes, bool]],  # (bytes, stopped) of each
-        on_error: str = 'raise',  # of no effect: what the endpoint refuses gets an empty signal
-    ) -> list[Signal]:
+        on_error: str = 'raise',  # a record that cannot be read: 'raise' its `BadInput` before
+                                  # anything is asked, or 'return' it in the record's place. One
+                                  # that the endpoint refuses: an empty signal, or 'return' why
+    ) -> list[Signal | BadInput]:
         "One signal for each completion. Raises `TeacherGone` if the endpoint refuses all of them."
+        signals: list = [None] * len(completions)
+        if self.codec:
+            read = encode_records(conversations, completions, self.codec, self.context, on_error)
+            signals = [r if isinstance(r, BadInput) else None for r in read]
+        rows = [i for i, s in enumerate(signals) if s is None]
+        found = self.ask_signals([conversations[i] for i in rows], [completions[i] for i in rows])
+        for i, signal in zip(rows, found):
+            signals[i] = signal
+            if isinstance(signal, Refused): signals[i] = self.refusal(i, *completions[i], signal, on_error)
+        return signals
+
+    def refusal(self,
+        i: int,            # number of the record
+        data: bytes,       # the completion
+        stopped: bool,     # by itself
+        why: Refused,
+        on_error: str,     # see `score`
+    ) -> Signal | BadInput:
+        "What stands for a completion that the endpoint refuses."
+        if on_error != 'return': return empty_signal(self, data, stopped)
+        return BadInput(f'record {i}', data.decode(errors='replace'),
+                        f'is refused by {self.endpoint.who} ({why})',
+                        'Leave the record out; shorter prompts or a smaller MAX_NEW_TOKENS may help.')
+
+    def ask_signals(self,
+        conversations: list[Conversation],  # whose prompts were answered
+        completions: list[tuple[bytes, bool]],  # (bytes, stopped) of each
+    ) -> list[Signal | Refused]:
+        "The endpoint's signals, and what it refuses."
+        if not completions: return []
         self.show_cost(conversations, completions)
         work = [score_completion(self, c, *x) for c, x in zip(conversations, completions)]
         signals = self.endpoint.run(work, 'teacher')
         refused = [s for s in signals if isinstance(s, Refused)]
-        if refused and len(refused) == len(signals):
+        if len(refused) == len(signals):
             raise TeacherGone(self.endpoint.who, f'refuses every completion ({refused[0]})',
                               'See what it says; shorter prompts or a smaller MAX_NEW_TOKENS may '
                               'be needed.')
         self.refused += len(refused)
-        pairs = zip(signals, completions)
-        return [empty_signal(self, *x) if isinstance(s, Refused) else s for s, x in pairs]
+        return signals
 
     def generate(self,
         conversations: list[Conversation],  # to be completed
