@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..core.errors import BadInput
+from ..core.text import SURROGATE
 from .tokens import TokenBytes, repair_utf8
 
 # %% ../../nbs/02_alignment/02_chat.ipynb #t002
@@ -95,8 +96,9 @@ def render_once(
 ) -> str:
     "What a template makes of these messages. A template that fails is a `BadInput`."
     try:
-        return tok.apply_chat_template(
+        text = tok.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        return SURROGATE.sub('\ufffd', text)  # half a character, which no tokenizer takes
     except Exception as e:  # a template is a foreign program
         raise BadInput(
             'prompt', messages, f'is refused by the chat template ({one_line(e)})',

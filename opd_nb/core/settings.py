@@ -123,7 +123,8 @@ class TeacherSettings(BaseModel):
     teacher_api_key: SecretStr | None = setting(None, 'Key of the backend api.')
     openrouter_api_key: SecretStr | None = setting(None, 'Key of OpenRouter.')
     teacher_max_dollars: float | None = setting(None,
-        'Stop before the request that would spend more on the teacher.', 'dollars', gt=0)
+        'Stop before the request that would spend more on the teacher, with all that the file of '
+        'teacher_cache knows to be paid before.', 'dollars', gt=0)
     teacher_price: str | None = setting(None,
         'Dollars for a million tokens read and a million written, such as 0.04,0.10; known prices '
         'if not set.')

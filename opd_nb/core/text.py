@@ -4,16 +4,20 @@
 
 # %% auto #0
 __all__ = ['MAX_DEPTH', 'BETWEEN', 'SURROGATE', 'FORMULA', 'HARMLESS', 'BadLine', 'is_too_deep', 'parse_json', 'loaded',
-           'is_missing', 'is_empty', 'json_text', 'read_objects', 'as_cell', 'from_cell', 'plain_label', 'counted']
+           'is_missing', 'is_empty', 'json_text', 'read_objects', 'write_text', 'as_cell', 'as_shown_cell', 'from_cell',
+           'plain_label', 'counted']
 
 # %% ../../nbs/01_core/10_text.ipynb #q004
 import ast
 import json
 import math
+import os
 import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+
+from .errors import BadInput, printable
 
 # %% ../../nbs/01_core/10_text.ipynb #q007
 MAX_DEPTH = 100   # lists and objects within each other
@@ -113,6 +117,25 @@ def read_objects(
     objects = [value for value in values if isinstance(value, dict)]
     return objects, len(values) - len(objects)
 
+# %% ../../nbs/01_core/10_text.ipynb #q031
+def write_text(
+    path: str | Path,   # file to write
+    text: str,          # half a character becomes its escape
+) -> Path:
+    "Write a file in UTF-8, whole or not at all. Raises `BadInput` if that cannot be."
+    path = Path(path)
+    is_special = path.is_symlink() or path.exists() and not path.is_file()
+    part = path if is_special else path.with_name(f'.{os.getpid()}.part')
+    try:
+        part.write_bytes(text.encode('utf-8', errors='backslashreplace'))
+        if part != path: part.replace(path)
+    except OSError as e:
+        if part != path: part.unlink(missing_ok=True)
+        raise BadInput('path', str(path), f'could not be written ({e.strerror})',
+                       'Free some space there, or name another place; what was there before is '
+                       'as it was.') from None
+    return path
+
 # %% ../../nbs/01_core/10_text.ipynb #q022
 FORMULA = re.compile(r'\s*[=＝@＠+＋\-－]')
 HARMLESS = re.compile(r'\s*[+\-][\d.,\s]*%?\s*|\s*[+\-]\s[^(|!=]*')   # -5; - an item of a list
@@ -127,6 +150,12 @@ def as_cell(
     "A value that no spreadsheet calculates."
     return f"'{value}" if isinstance(value, str) and _calculates(value) else value
 
+def as_shown_cell(
+    value,   # of a table that nothing is read back from
+):
+    "The same, on one line and without characters that do not print."
+    return as_cell(printable(value) if isinstance(value, str) else value)
+
 def from_cell(
     value,   # that `as_cell` wrote
 ):
@@ -139,7 +168,7 @@ def plain_label(
     text: str,
 ) -> str:       # for a title, a legend or an annotation
     "A text that matplotlib draws as it is."
-    return str(text).replace('$', r'\$')
+    return printable(str(text), line_ends=True).replace('$', r'\$')
 
 # %% ../../nbs/01_core/10_text.ipynb #q028
 def counted(

@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..core.errors import BadInput
+from ..core.errors import BadInput, printable
 from ..core.text import counted
 from ..core.types import Conversation, FullSignal, Head, Signal, TopKSignal
 from ..alignment.chunks import align
@@ -254,7 +254,14 @@ class Validation:
             'verdict': self.table.verdict})
 
     def __str__(self):
-        return f"{self.shown.to_string(index=False)}\n{self.note}\nverdict: {self.verdict}"
+        text = f'{self.shown.to_string(index=False)}\n{self.note}\nverdict: {self.verdict}'
+        return printable(text, line_ends=True)
+
+    @property
+    def worst_lines(self) -> str:
+        "The records with the lowest answer overlap, as a table for a terminal."
+        def cell(value): return printable(value) if isinstance(value, str) else value
+        return self.worst.map(cell).to_string(index=False, max_colwidth=60)
 
     def write(self,
         path: Path,   # .html file to write

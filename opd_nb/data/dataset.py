@@ -24,7 +24,7 @@ from pydantic_core import PydanticCustomError
 
 from ..core.errors import BadInput, unknown
 from ..core.sources import explain
-from ..core.text import as_cell, counted, json_text
+from ..core.text import as_cell, counted, json_text, write_text
 from .formats import load_conversations, save_conversations
 from .plan import KINDS, PlanEstimate, money, read_plan
 from .replies import made_folder
@@ -194,10 +194,9 @@ def make_generator(
 # %% ../../nbs/07_data/10_dataset.ipynb #w304
 def _write_plan(folder, plan, drawn_from):
     made_folder(folder)
-    about = yaml.safe_dump(drawn_from, sort_keys=False)
-    (folder / 'plan.yaml').write_text(about, encoding='utf-8')
-    plan.map(as_cell).to_csv(folder / 'plan.part', index=False, quoting=csv.QUOTE_NONNUMERIC)
-    (folder / 'plan.part').rename(folder / 'plan.csv')  # whole or not at all
+    write_text(folder / 'plan.yaml', yaml.safe_dump(drawn_from, sort_keys=False))
+    text = plan.map(as_cell).to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC)
+    write_text(folder / 'plan.csv', text)
 
 def _refuse_other_plan(folder, wanted):
     "Raise `BadInput` if the plan in the folder was drawn from other settings."
@@ -299,8 +298,7 @@ def write_dataset(
     files = {ending: save_conversations(kept, out / f'combined_{n}.{ending}')
              for ending in ('json', 'jsonl', 'csv')}
     files['dropped'] = out / f'dropped_{n}.jsonl'
-    lines = _dropped_lines(cleaned, made)
-    files['dropped'].write_text(lines, encoding='utf-8', errors='backslashreplace')
+    write_text(files['dropped'], _dropped_lines(cleaned, made))
     summary = (
         f'{n:,} asked for: {len(made.records):,} made, {len(made.aside):,} set aside, '
         f'{made.pending:,} pending. {len(cleaned.dropped):,} of those made were dropped '

@@ -9,7 +9,6 @@ __all__ = ['WORD', 'REFUSALS', 'ANY_REFUSAL', 'REFUSAL', 'ENDS_IN_SENTENCE', 'MA
 
 # %% ../../nbs/07_data/08_filters.ipynb #c003
 import re
-import reprlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
+from ..core.errors import printable
 from ..core.types import Conversation
 
 # %% ../../nbs/07_data/08_filters.ipynb #c006
@@ -237,8 +237,7 @@ def kind_of(
     "Of which kind a record is, whatever a foreign data set has in that field."
     kind = conversation.metadata.get('kind')
     if kind is None: return ''
-    text = kind if isinstance(kind, str) else reprlib.repr(kind)
-    return ''.join(c if c.isprintable() else '\ufffd' for c in text[:40])
+    return printable(kind, 40)
 
 def _first_failure(record, verify):
     "Name of the first check that a record fails and why, or None."

@@ -20,7 +20,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..core.errors import BadInput, unknown
-from ..core.text import BadLine, as_cell, counted, from_cell, json_text, parse_json
+from ..core.text import BadLine, as_cell, counted, from_cell, json_text, parse_json, write_text
 from ..core.types import Conversation
 from .records import ASKING, PROMPTS, TURNS, read_row, row_shape
 
@@ -330,8 +330,7 @@ def save_conversations(
     else:
         raise BadInput('path', str(path), 'must end in .jsonl, .json or .csv',
                        'Choose one of these endings.')
-    path.write_text(text, encoding='utf-8', errors='backslashreplace')  # half a character, too
-    return path
+    return write_text(path, text)
 
 # %% ../../nbs/07_data/02_formats.ipynb #c037
 def split(

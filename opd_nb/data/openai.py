@@ -20,7 +20,7 @@ from urllib.parse import urlparse
 import pandas as pd
 from tqdm import tqdm
 
-from ..core.errors import BadInput, unknown
+from ..core.errors import BadInput, printable, unknown
 from ..core.types import Conversation
 from .plan import PROMPTS_VERSION, Domain, MessageRequest, compose
 from .replies import (Form, Replies, Reply, SetAside, Unusable, first_reply_choice, form_of, read_reply,
@@ -116,10 +116,11 @@ class ChatEndpoint:
     ) -> Endpoint:
         "The client, whose budget starts with what was spent in the folder before."
         options, key = self.options, self.secret.get_secret_value() or None
+        unpriced = max(0., store.spent(self.worst) - store.paid())
         return Endpoint(
             self.url, model, key, store, concurrency, per_minute,
             add_v1=False, retries=self.retries,
-            price=self.per_million, max_dollars=max_dollars, spent=store.spent(self.worst),
+            price=self.per_million, max_dollars=max_dollars, spent=unpriced,
             timeout=options.get('timeout', self.timeout),
             headers=options.get('extra_headers'), query=options.get('extra_query'))
 
@@ -154,7 +155,7 @@ class SynthesisResult:
         often = Counter(a['why'] for a in self.aside).most_common(1)
         again = sum(a['again'] for a in self.aside)
         anew = f'; the same again tries {again} anew' if again else ''
-        why = f' (most often: {often[0][0][:120]}{anew})' if often else ''
+        why = f' (most often: {printable(often[0][0], 120)}{anew})' if often else ''
         made = f'{len(self.records)} records, {len(self.aside)} set aside{why}'
         made += f', {self.pending} pending'
         return f"{made}; {self.total['replies']:,} replies, {money(self.total['dollars'])}"
@@ -208,7 +209,7 @@ async def fetch_completion(
     request: Request,
 ) -> dict:
     "A chat completion. Raises `SetAside` if none came, and `BadInput` if none ever will."
-    if run.budget_reached: raise run.budget_reached
+    if run.budget_reached or run.error: raise run.budget_reached or run.error
     try:
         completion, _ = await run.endpoint.fetch(request, run.chat.check_reply, rereads=2)
         return completion

@@ -12,8 +12,9 @@ import pandas as pd
 from jinja2 import Environment
 from markupsafe import Markup
 
+from ..core.errors import printable
 from ..core.html import html_image
-from ..core.text import plain_label
+from ..core.text import plain_label, write_text
 from ..core.types import Conversation
 from .plan import KINDS
 from .filters import kind_of, user_text, words_of
@@ -86,7 +87,7 @@ def plot_lengths(
 PAGE = '''<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
-<title>{{ title }}</title>
+<title>{{ title | cell }}</title>
 <style>
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto; padding: 0 1rem }
 img { max-width: 100% }
@@ -94,14 +95,14 @@ table { border-collapse: collapse; font-size: 14px }
 td, th { border: 0; border-bottom: 1px solid #ddd; padding: .3rem .7rem; text-align: left;
          vertical-align: top; white-space: pre-wrap }
 </style>
-<h1>{{ title }}</h1>
-<p>{{ summary }}</p>
+<h1>{{ title | cell }}</h1>
+<p>{{ summary | cell }}</p>
 {{ picture }}
 {% for heading, (note, table) in tables.items() if table|length %}
 <h2>{{ heading }}</h2>
-<p>{{ note }}</p>
+<p>{{ note | cell }}</p>
 <table>
-<thead><tr>{% for name in table.columns %}<th>{{ name }}</th>{% endfor %}</tr></thead>
+<thead><tr>{% for name in table.columns %}<th>{{ name | cell }}</th>{% endfor %}</tr></thead>
 <tbody>
 {% for row in table.itertuples(index=False) %}
 <tr>{% for value in row %}<td>{{ value | cell }}</td>{% endfor %}</tr>
@@ -115,7 +116,8 @@ td, th { border: 0; border-bottom: 1px solid #ddd; padding: .3rem .7rem; text-al
 def _cell(value):
     "A value as people read it: numbers with commas, nothing for None."
     if value is None: return ''
-    return f'{value:,}' if isinstance(value, int) else str(value)
+    if isinstance(value, int): return f'{value:,}'
+    return printable(str(value), line_ends=True)
 
 def data_report(
     path: Path,      # .html file to write
@@ -129,5 +131,4 @@ def data_report(
     env.filters['cell'] = _cell
     image = Markup(html_image(figure)) if figure is not None else ''
     page = env.from_string(PAGE).render(title=title, summary=summary, tables=tables, picture=image)
-    path.write_text(page, encoding='utf-8', errors='backslashreplace')  # half a character, too
-    return path
+    return write_text(path, page)

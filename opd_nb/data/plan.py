@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'Weight', 'Weights', 'Some', 'Topics', 'Voices', 'Languages', 'Turns', 'Kind', 'AnswerTokens',
-           'QuestionMaker', 'PLAN_NUMBERS', 'PLAN_TEXTS', 'PROMPTS_VERSION', 'WHAT', 'LENGTHS', 'Domain', 'load_domain',
-           'make_plan', 'read_plan', 'MessageRequest', 'question_prompt', 'answer_prompt', 'compose', 'PlanEstimate',
-           'estimate_plan']
+           'QuestionMaker', 'IN_FIRST_PROMPT', 'PLAN_NUMBERS', 'PLAN_TEXTS', 'PROMPTS_VERSION', 'WHAT', 'LENGTHS',
+           'Domain', 'load_domain', 'make_plan', 'read_plan', 'MessageRequest', 'question_prompt', 'answer_prompt',
+           'compose', 'PlanEstimate', 'estimate_plan']
 
 # %% ../../nbs/07_data/03_plan.ipynb #c003
 import json
@@ -24,7 +24,8 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
-from ..core.errors import BadInput, unknown
+from ..core.errors import BadInput, shown, unknown
+from ..core.text import parse_json
 from ..core.types import Conversation
 from .formats import read_table
 from ..hosted.keys import OPENAI_URL
@@ -178,6 +179,7 @@ def _checked(weights: dict[str, float] | None, domain: Domain) -> dict[str, floa
 
 # %% ../../nbs/07_data/03_plan.ipynb #c012
 QuestionMaker = Callable[[int, int], list[Conversation]]  # of (n, seed)
+IN_FIRST_PROMPT = ('kind', 'topic', 'difficulty', 'persona', 'language')
 
 def make_plan(
     domain: Domain,                           # of `load_domain`
@@ -196,7 +198,7 @@ def make_plan(
         ready = questions[domain.questions](n, seed)
     for i in range(n):
         row = _row(domain, weights, random.Random(f'{seed} {i}'))
-        combination = tuple(row.values())
+        combination = tuple(row[k] for k in IN_FIRST_PROMPT)
         variant = seen[combination] = seen.get(combination, -1) + 1
         question = ready[i].prompt[-1]['content'] if ready else ''
         metadata = json.dumps(ready[i].metadata) if ready else '{}'
@@ -236,11 +238,9 @@ def _check_plan_values(plan: pd.DataFrame, path: str | Path):
         remedy = 'Write how many questions the record has.'
         raise _plan_error(path, 'has a row whose turns are not between 1 and 20', remedy)
     for text in plan.metadata.unique():
-        try: value = json.loads(text)
-        except ValueError: value = None
-        if not isinstance(value, dict):
-            remedy = 'Write a JSON object there, {} if there is nothing to say.'
-            raise _plan_error(path, f'has metadata = {text[:40]!r}', remedy)
+        if isinstance(parse_json(text), dict): continue
+        remedy = 'Write a JSON object there, {} if there is nothing to say.'
+        raise _plan_error(path, f'has metadata = {shown(text, 40)}', remedy)
 
 # %% ../../nbs/07_data/03_plan.ipynb #w004
 def read_plan(

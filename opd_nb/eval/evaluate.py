@@ -19,14 +19,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..core.errors import BadInput
+from ..core.errors import BadInput, printable
 from ..core.types import Conversation
 from ..models.lm import LM
 
 from .stats import difference, mean_interval
 from .scoring import answer
 from .lm_eval import Options, Task
-from .tasks import Unavailable, tasks_for
+from .tasks import BadQuestions, Unavailable, tasks_for
 from .models import Entry, content_key, lineup
 from .results import Results
 
@@ -172,12 +172,14 @@ def find_tasks(
     **judge,                # `judged` and `who` of `tasks_for`
 ) -> list[Task]:
     "The tasks that were asked for."
-    out = []
+    out, errors = [], []
     for spec in specs:
         try:
             out += tasks_for(spec, options, **judge)
         except Unavailable as e:
+            errors.append(e)
             failures.append(dict(model='', task=spec, why=str(e)))
+    if not out and any(isinstance(e, BadQuestions) for e in errors): raise errors[0]
     names = [t.name for t in out]
     twice = [name for name in names if names.count(name) > 1]
     if twice:
@@ -221,7 +223,8 @@ def failure(
     error: Exception,
 ) -> dict[str, str]:
     "What went wrong, for the report."
-    why = str(error) if isinstance(error, BadInput) else f'{type(error).__name__}: {error}'
+    why = str(error)
+    if not isinstance(error, BadInput): why = f'{type(error).__name__}: {printable(why, 500)}'
     return dict(model=model, task=task, why=why)
 
 
@@ -240,7 +243,7 @@ def evaluate_model(
         results.failures.append(failure(entry.name, 'all tasks', e))
         return
     for task in results.tasks:
-        bar.set_postfix_str(f'{entry.name}, {task.name}')
+        bar.set_postfix_str(printable(f'{entry.name}, {task.name}'))
         try:
             records = asked(lm, task, Kept(folder, key, task), bar.update)
             results.records[entry.name, task.name] = records

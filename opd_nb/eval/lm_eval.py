@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['check_count', 'Options', 'text_hash', 'Task', 'need_lm_eval', 'quiet_libraries', 'quiet', 'without', 'no_tick',
-           'wrapped', 'means', 'metrics_of', 'chosen', 'record_of', 'LmRequest', 'Answered', 'run_lm_eval',
-           'answers_of', 'ask_lm_eval', 'shots_of', 'without_addresses', 'main_metric', 'lm_eval_task']
+           'wrapped', 'plain_answers', 'means', 'metrics_of', 'chosen', 'record_of', 'LmRequest', 'Answered',
+           'run_lm_eval', 'answers_of', 'ask_lm_eval', 'shots_of', 'without_addresses', 'main_metric', 'lm_eval_task']
 
 # %% ../../nbs/10_eval/03_lm_eval.ipynb #c003
 import contextlib
@@ -21,7 +21,7 @@ from typing import Callable
 import torch
 
 from ..core.errors import BadInput
-from ..models.lm import LM
+from ..models.lm import LM, plain_generation
 
 # %% ../../nbs/10_eval/03_lm_eval.ipynb #c006
 def check_count(
@@ -213,6 +213,17 @@ def wrapped(
 
     return Loaded(pretrained=lm.model, tokenizer=lm.codec.tok, batch_size=batch)
 
+# %% ../../nbs/10_eval/03_lm_eval.ipynb #c016p
+@contextlib.contextmanager
+def plain_answers(
+    lm: LM,   # that is asked
+):
+    "Leave a model's own generation config aside, all but the tokens that end its turn."
+    with plain_generation(lm.model) as model:
+        stops = list(lm.codec.stop_ids)
+        model.generation_config.update(eos_token_id=stops, pad_token_id=stops[0])
+        yield
+
 # %% ../../nbs/10_eval/03_lm_eval.ipynb #k001
 def means(
     task,          # an lm-eval task
@@ -313,7 +324,8 @@ def run_lm_eval(
         )
     own_length = request.writes and options.max_new_tokens
     # pip, git and lscpu would take two seconds a call
-    with without(lm_eval.evaluator, 'add_env_info', 'get_git_commit_hash'):
+    quick = without(lm_eval.evaluator, 'add_env_info', 'get_git_commit_hash')
+    with quick, plain_answers(request.lm):
         answered = lm_eval.simple_evaluate(
             model,
             tasks=[task],
@@ -431,6 +443,8 @@ def lm_eval_task(
         max_new_tokens=options.max_new_tokens,
         lm_eval=need_lm_eval().__version__,
     )
+    if task.OUTPUT_TYPE == 'generate_until':
+        asked['generation'] = 'plain'  # answers of earlier versions are asked again
 
     def ask(lm, rows, tick): return ask_lm_eval(lm, task, rows, options, tick)
 

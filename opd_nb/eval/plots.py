@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..core.text import plain_label
 from .stats import mean_interval
 from .lm_eval import Task
 from .results import Results
@@ -108,7 +109,7 @@ def plot_task(
     label += '; whiskers: 95% intervals' + (f'; grey: difference to {against}' if notes else '')
     n = max((e.n for e in shown.values()), default=0)
     ax.set(yticks=range(len(shown)), yticklabels=list(shown), xlim=(0, right * 1.3))
-    ax.set(xlabel=label, title=f'{task.name}, {n} questions')
+    ax.set(xlabel=label, title=plain_label(f'{task.name}, {n} questions'))
     if percent:
         ax.set_xticks(range(0, 101, 20))
     ax.invert_yaxis()
@@ -172,6 +173,6 @@ def plot_curve(
         if len(curves[task.name]) > 1:
             ax.legend(fontsize=8, frameon=False)
         ax.margins(x=.08, y=.18)
-        ax.set(title=task.name, xlabel='step', ylabel=axis_label(results, task), ylim=(0, None))
+        ax.set(title=plain_label(task.name), xlabel='step', ylabel=axis_label(results, task), ylim=(0, None))
         ax.spines[['top', 'right']].set_visible(False)
     return fig

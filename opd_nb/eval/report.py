@@ -21,7 +21,8 @@ import pandas as pd
 from jinja2 import Environment
 from markupsafe import Markup
 
-from ..core.html import html_image, html_table, write_page
+from ..core.html import html_image, html_table, on_page, write_page
+from ..core.text import as_shown_cell
 from .lm_eval import Task
 from .models import Entry
 from .results import Comparison, Results, how_many
@@ -205,8 +206,8 @@ PAGE = '''
 {%- endif %}
 {%- if pictures %}<h2>Pictures</h2>{% for p in pictures %}{{ p|picture }}{% endfor %}{% endif %}
 {%- for task, rows in samples.items() %}
-{%- if rows %}<h2>Side by side: {{ task }}</h2>{{ wide(rows) }}{% endif %}{% endfor %}
-<h2>How</h2>{% for note in notes %}<p>{{ note }}</p>{% endfor %}
+{%- if rows %}<h2>Side by side: {{ task|printable }}</h2>{{ wide(rows) }}{% endif %}{% endfor %}
+<h2>How</h2>{% for note in notes %}<p>{{ note|printable }}</p>{% endfor %}
 <h2>Settings</h2>{{ wide(settings) }}
 '''
 
@@ -219,7 +220,9 @@ def markup(
 
 
 TEMPLATES = Environment(autoescape=True)
-TEMPLATES.filters |= dict(table=markup(html_table), picture=markup(html_image))
+TEMPLATES.filters |= dict(
+    table=markup(html_table), picture=markup(html_image), printable=on_page
+)
 
 # %% ../../nbs/10_eval/10_report.ipynb #p010
 def same_weights(
@@ -399,8 +402,9 @@ def write_reports(
     import matplotlib.pyplot as plt
 
     out = new_folder(Path(folder))
-    results.table.to_csv(out / 'results.csv', index=False)
-    pd.DataFrame(difference_records(results)).to_csv(out / 'differences.csv', index=False)
+    tables = dict(results=results.table, differences=pd.DataFrame(difference_records(results)))
+    for name, table in tables.items():
+        table.map(as_shown_cell).to_csv(out / f'{name}.csv', index=False)
     (out / 'results.json').write_text(as_json(results), encoding='utf-8')
     write_samples(results, out / 'samples.jsonl')
     figures = report_figures(results)

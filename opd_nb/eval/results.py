@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+from ..core.errors import printable
 from .stats import Difference, by_chance, difference, mean_interval
 from .lm_eval import Options, Task
 from .models import Entry
@@ -145,7 +146,7 @@ def in_words(
     for f in results.failures:
         model = f" on {f['model']}" if f['model'] else ''
         lines.append(f"failed: {f['task']}{model}: {f['why']}")
-    return '\n'.join(lines)
+    return printable('\n'.join(lines), line_ends=True)
 
 
 def metric_line(

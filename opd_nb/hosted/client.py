@@ -19,11 +19,11 @@ import openai
 from aiolimiter import AsyncLimiter
 from tqdm import tqdm
 
-from ..core.errors import BadInput
-from .pricing import Bill, Budget, Price, TeacherGone, price_of
+from ..core.errors import BadInput, printable
+from .pricing import Account, Bill, Budget, Price, TeacherGone, price_of
 from .http import (BoundedClient, Malformed, Redirected, TooLong, secret_values,
                                 without_secrets)
-from .store import ReplyStore, request_key
+from .store import ReplyStore, StoredAccount, request_key
 
 # %% ../../nbs/05_hosted/04_client.ipynb #c006
 @dataclass(frozen=True)
@@ -76,8 +76,7 @@ def error_text(
     for quoted in sorted((t for t in texts if len(t) > 2), key=len, reverse=True):
         text = text.replace(quoted, '…').replace(json.dumps(quoted)[1:-1], '…')
     text = re.sub(r'''[\[{]['"\[{\d].*''', '…', text, flags=re.S)  # lists and objects quote too
-    text = text.partition('\n')[0][:160]
-    text = ''.join(c if c.isprintable() else ' ' for c in text)  # nothing that moves a cursor
+    text = printable(text.partition('\n')[0], 160)
     return f'HTTP {error.status_code}' + (f', {text}' if text else '')
 
 # %% ../../nbs/05_hosted/04_client.ipynb #c012
@@ -128,7 +127,7 @@ def display_name(
     "A model and its address as messages name them."
     short = model or 'the server'
     if model.startswith('/'): short = model.rsplit('/', 1)[-1]  # the server's path of the model
-    return f'{short} at {parts.hostname}' + (f':{parts.port}' if parts.port else '')
+    return printable(f'{short} at {parts.hostname}' + (f':{parts.port}' if parts.port else ''), 200)
 
 # %% ../../nbs/05_hosted/04_client.ipynb #c015
 REMEDIES = {
@@ -148,7 +147,8 @@ class Client:
         key: str | None = None,             # secret; sent in a header and kept nowhere
         price: str | tuple[float, float] | None = None,  # see `price_of`
         max_dollars: float | None = None,   # spending limit
-        spent: float = 0.,                  # dollars spent before, which count against it
+        spent: float = 0.,                  # dollars spent before that no account has
+        account: Account | None = None,     # of what counts against the limit
         timeout: float = 120,               # seconds to wait for a whole reply
         retries: int = 6,                   # of a request, for each kind of failure
         headers: dict[str, str] | None = None,  # sent with every request
@@ -160,7 +160,8 @@ class Client:
         self.root = self.url.removesuffix('/v1')
         self.model, self.key, self.retries = model, key, retries
         self.who = display_name(parts, model)
-        self.budget = Budget(self.who, price_of(self.url, model, price), max_dollars, spent)
+        price = price_of(self.url, model, price)
+        self.budget = Budget(self.who, price, max_dollars, spent, account)
         self.client = openai.AsyncOpenAI(
             api_key=key or 'none', base_url=self.url, timeout=timeout, max_retries=retries,
             default_headers=headers, default_query=query,
@@ -264,9 +265,9 @@ class Endpoint(Client):
         extra: dict | None = None,        # added to the body of every request
         **options,                        # price, max_dollars, timeout, retries, headers
     ):
-        super().__init__(url, model, key, **options)
         self.cache, self.extra = ReplyStore() if cache is None else cache, extra or {}
-        self.gone: TeacherGone | None = None  # why no further request is sent
+        super().__init__(url, model, key, account=StoredAccount(self.cache, model), **options)
+        self.gone: TeacherGone | BadInput | None = None  # why no further request is sent
         self.under_way: dict[str, asyncio.Task] = {}
         self.slots = asyncio.Semaphore(concurrency)
         self.rate = AsyncLimiter(1, 60 / per_minute) if per_minute else None
@@ -309,8 +310,9 @@ class Endpoint(Client):
         while len(asyncio.all_tasks()) > 1: await asyncio.sleep(.01)
 
     async def ready(self):
-        "Wait for the rate limiter. Raises if the endpoint was found gone meanwhile."
+        "Wait for the rate limiter. Raises if endpoint, store or disk were found gone meanwhile."
         if self.gone: raise self.gone
+        self.cache.check_room()
         if self.rate: await self.rate.acquire()
 
     def body_of(self, request: Request) -> dict:
@@ -373,15 +375,15 @@ class Endpoint(Client):
         read: Callable,        # as for `ask`
         attempts: int | None,
     ):
-        "Send a request and store its reply. An endpoint that is gone is not asked any more."
+        "Send a request and store its reply. After an endpoint or a store is gone, none is sent."
         try:
             reply, value = await self.fetch(request, read, attempts)
-        except TeacherGone as e:
+            used, price = token_usage(reply, request), self.budget.price
+            self.cache.put(key, self.model, reply, *used, price(*used) if price else None)
+            return value
+        except (TeacherGone, BadInput) as e:  # a store that cannot be written to
             self.gone = e
             raise
-        used, price = token_usage(reply, request), self.budget.price
-        self.cache.put(key, self.model, reply, *used, price(*used) if price else None)
-        return value
 
     def again(self,
         request: Request,

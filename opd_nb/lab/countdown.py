@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Puzzle', 'LONGEST', 'RANK', 'LEVELS', 'steps_from', 'solutions', 'held_out', 'all_puzzles', 'question', 'draw',
-           'Verdict', 'verify', 'apply', 'reached', 'check_steps', 'NotAnExpression', 'Yard', 'check_expression']
+           'Verdict', 'whole_number', 'read_numbers', 'read_puzzle', 'verify', 'apply', 'reached', 'check_steps',
+           'NotAnExpression', 'Yard', 'check_expression']
 
 # %% ../../nbs/12_lab/01_countdown.ipynb #h003
 import hashlib
@@ -17,6 +18,8 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Iterator, Sequence
 
+from ..core.errors import BadInput, shown
+from ..core.text import loaded
 from ..core.types import Conversation
 
 # %% ../../nbs/12_lab/01_countdown.ipynb #c006
@@ -117,18 +120,60 @@ class Verdict:
 LONGEST = 200  # characters of an answer; four numbers need fewer than 60
 
 # %% ../../nbs/12_lab/01_countdown.ipynb #c018
+def whole_number(
+    value,  # of a record: a number, or its text
+) -> int:
+    "A whole number. `ValueError` if the value is none."
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise ValueError(f'{shown(value)} is no number')
+    if isinstance(value, str) and not re.fullmatch(r'\s*[+-]?[0-9]{1,9}(\.0*)?\s*', value):
+        raise ValueError(f'{shown(value)} is no whole number')
+    number = float(value)
+    if not number.is_integer(): raise ValueError(f'{value} is no whole number')
+    return int(number)
+
+
+def read_numbers(
+    value,        # of a record: a list, or its text
+) -> list[int]:
+    "The numbers of a puzzle. `ValueError` if the value has none."
+    if isinstance(value, str):
+        parsed = loaded(value)
+        value = parsed if isinstance(parsed, list) else re.split(r'[\s,;]+', value.strip())
+    if not isinstance(value, (list, tuple)) or not value:
+        raise ValueError(f'{shown(value)} is no list of numbers')
+    return [whole_number(n) for n in value]
+
+
+def read_puzzle(
+    numbers,  # see `read_numbers`
+    target,   # see `whole_number`
+) -> tuple[list[int], int]:   # numbers, target
+    "A puzzle as data sets have it. Raises `BadInput` for what is none."
+    field, value = 'numbers', numbers
+    try:
+        given = read_numbers(numbers)
+        field, value = 'target', target
+        return given, whole_number(target)
+    except (ValueError, OverflowError) as e:
+        raise BadInput(
+            field, value, f'must be whole numbers, but {e}', 'Write "numbers": [3, 7, 10], "target": 31.'
+        ) from None
+
+# %% ../../nbs/12_lab/01_countdown.ipynb #c018v
 def verify(
-    numbers: Sequence[int],  # given, each to be used exactly once
+    numbers: Sequence[int],  # given, each to be used exactly once; see `read_puzzle`
     target: int,             # to be reached
     answer: str,             # what a model wrote
 ) -> Verdict:
     "Check an answer in steps (`7*3=21 21+10=31`) or as one expression (`7*3+10`)."
+    numbers, target = read_puzzle(numbers, target)
     if len(answer) > LONGEST: return Verdict(False, f'longer than {LONGEST} characters')
     text = answer.strip(' \n')
     if not text: return Verdict(False, 'empty')
     if strange := set(text) - set('0123456789+-*/()= \n'):
         return Verdict(False, f'unexpected character {sorted(strange)[0]!r}')
-    if '=' in text: return check_steps(list(numbers), target, text.split())
+    if '=' in text: return check_steps(numbers, target, text.split())
     return check_expression(numbers, target, text)
 
 # %% ../../nbs/12_lab/01_countdown.ipynb #c019

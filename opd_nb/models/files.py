@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from ..core.errors import BadInput, unknown
+from ..core.errors import BadInput, unknown, printable
 from ..core.files import CHECKSUMS, damaged_files, expanded
 
 warnings.filterwarnings('ignore', message='IProgress not found')  # plain progress bars will do
@@ -195,7 +195,7 @@ def first_line(
 ) -> str:
     "The beginning of an error's message, without what does not print."
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return ''.join(c if c.isprintable() else '�' for c in lines[0][:max_chars])
+    return printable(lines[0], max_chars)
 
 # %% ../../nbs/03_models/01_files.ipynb #l002
 @contextmanager

@@ -21,7 +21,7 @@ from ..models.lm import set_template_arguments
 from ..hosted.pricing import Estimate, TeacherGone
 from ..hosted.store import ReplyStore
 from ..hosted.client import Endpoint, Request, Refused
-from .base import (Capabilities, Teacher, Unscored, register_teacher,
+from .base import (Capabilities, Teacher, Unscored, encode_records, register_teacher,
                                   secret_value)
 from .scoring_apis import (Echo, LlamaCpp, PromptLogprobs, Reply, RequestCost,
                                           SGLang, TokenNames, TokenScores, read_text)
@@ -288,23 +288,27 @@ class APITeacher(Teacher):
     def score(self,
         conversations: list[Conversation],  # whose prompts were answered
         completions: list[tuple[bytes, bool]],  # (bytes, stopped) of each
-        on_error: str = 'raise',  # what the endpoint refuses gets an empty signal, or is returned
+        on_error: str = 'raise',  # a record that cannot be read: 'raise' its error before anything
+                                  # is asked, or 'return' it in the record's place. One that the
+                                  # endpoint refuses: an empty signal, or 'return' why
     ) -> list[Signal | Unscored]:
         "One signal for each completion. Raises `TeacherGone` if the endpoint refuses all of them."
-        self.show_cost(conversations, completions)
-        work = [score_completion(self, c, *x) for c, x in zip(conversations, completions)]
-        signals = self.endpoint.run(work, 'teacher')
-        refused = [s for s in signals if isinstance(s, Refused)]
-        self.refused += len(refused)
-        if on_error == 'return':
-            return [self.unscored(i, completions[i], s) if isinstance(s, Refused) else s
-                    for i, s in enumerate(signals)]
-        if refused and len(refused) == len(signals):
-            raise TeacherGone(self.endpoint.who, f'refuses every completion ({refused[0]})',
+        signals: list = [None] * len(completions)
+        if self.codec:
+            read = encode_records(conversations, completions, self.codec, self.context, on_error)
+            signals = [r if isinstance(r, BadInput) else None for r in read]
+        rows = [i for i, s in enumerate(signals) if s is None]
+        found = self.ask_signals([conversations[i] for i in rows], [completions[i] for i in rows])
+        if found and on_error != 'return' and all(isinstance(s, Refused) for s in found):
+            raise TeacherGone(self.endpoint.who, f'refuses every completion ({found[0]})',
                               'See what it says; shorter prompts or a smaller MAX_NEW_TOKENS may '
                               'be needed.')
-        pairs = zip(signals, completions)
-        return [empty_signal(self, *x) if isinstance(s, Refused) else s for s, x in pairs]
+        for i, signal in zip(rows, found):
+            signals[i] = signal
+            if not isinstance(signal, Refused): continue
+            if on_error == 'return': signals[i] = self.unscored(i, completions[i], signal)
+            else: signals[i] = empty_signal(self, *completions[i])
+        return signals
 
     def unscored(self,
         i: int,                          # number of the completion
@@ -316,6 +320,18 @@ class APITeacher(Teacher):
                         f'is refused by {self.endpoint.who} ({refusal})',
                         'Where it is too long, lower MAX_NEW_TOKENS or --max-prompt-tokens.',
                         'refused')
+
+    def ask_signals(self,
+        conversations: list[Conversation],  # whose prompts were answered
+        completions: list[tuple[bytes, bool]],  # (bytes, stopped) of each
+    ) -> list[Signal | Refused]:
+        "The endpoint's signals, and what it refuses."
+        if not completions: return []
+        self.show_cost(conversations, completions)
+        work = [score_completion(self, c, *x) for c, x in zip(conversations, completions)]
+        signals = self.endpoint.run(work, 'teacher')
+        self.refused += sum(isinstance(s, Refused) for s in signals)
+        return signals
 
     def generate(self,
         conversations: list[Conversation],  # to be completed

@@ -14,12 +14,12 @@ from typing import Iterable
 import numpy as np
 import torch
 
-from ..core.errors import BadInput
+from ..core.errors import BadInput, printable
 from ..core.types import Conversation, FullSignal, Head, TopKSignal
 from ..core.config import OPDConfig
 from ..alignment.tokens import TokenBytes
 from ..alignment.chat import ChatCodec
-from ..models.gguf import Reader, Vocabulary, find_file, piece_of
+from ..models.gguf import Reader, Vocabulary, find_file, log, piece_of
 from ..losses.likelihood import token_logprobs
 from .base import (Capabilities, EncodedRecord, Teacher, decode_completions,
                                   encode_records, register_teacher, secret_value)
@@ -32,13 +32,13 @@ class FileTokenizer:
         template_args: dict[str, object] | None = None,  # such as {'enable_thinking': False}
     ):
         C, v = vocabulary.C, vocabulary
-        def id_or_none(i): return i if i >= 0 else None
         self.vocabulary, self.name_or_path = v, 'the GGUF file'
         self.template_args = template_args or {}
-        self.bos_token_id = id_or_none(C.llama_vocab_bos(v.vocab))
-        self.eos_token_id = id_or_none(C.llama_vocab_eos(v.vocab))
-        self.eot_token_id = id_or_none(C.llama_vocab_eot(v.vocab))
-        self.chat_template = (C.llama_model_chat_template(v.model, None) or b'').decode() or None
+        self.bos_token_id = self._special_id(C.llama_vocab_bos(v.vocab), 'bos')
+        self.eos_token_id = self._special_id(C.llama_vocab_eos(v.vocab), 'eos')
+        self.eot_token_id = self._special_id(C.llama_vocab_eot(v.vocab), 'eot')
+        template = C.llama_model_chat_template(v.model, None) or b''
+        self.chat_template = template.decode(errors='replace') or None
         special = types.SimpleNamespace(special=True)
         self.added_tokens_decoder = {i: special for i, known in enumerate(v.special) if known}
 
@@ -49,8 +49,15 @@ class FileTokenizer:
         "Token ids of a text, under `input_ids`."
         return {'input_ids': self.vocabulary.tokenize(text, special=True, ends=add_special_tokens)}
 
+    def _special_id(self, i: int, name: str) -> int | None:
+        "The id, unless the file has none: llama.cpp then takes the 11th token of any vocabulary."
+        if not 0 <= i < len(self.vocabulary.table): return None
+        is_named = self.vocabulary.names(f'tokenizer.ggml.{name}_token_id')
+        return i if is_named or self.vocabulary.special[i] else None
+
     def _name(self, i: int | None) -> str:
-        return '' if i is None else piece_of(self.vocabulary.vocab, i).decode()
+        if i is None: return ''
+        return piece_of(self.vocabulary.vocab, i).decode(errors='replace')
 
     def apply_chat_template(self,
         messages: list[dict],                 # chat messages
@@ -109,6 +116,10 @@ class FileCodec(ChatCodec):
             raise BadInput('teacher', path.name,
                            'must have an end: EOS or a chat template that ends a turn',
                            'Choose a file that was converted with its tokenizer.')
+        if not self.tok.chat_template:
+            log.warning('%s has no chat template, so prompts go to it as plain text, without '
+                        'roles. A base model wants that; of a model that chats, take a file '
+                        'that was converted with its template.', printable(path.name))
 
 # %% ../../nbs/06_teachers/04_gguf.ipynb #c011
 class Logits(Head):

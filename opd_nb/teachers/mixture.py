@@ -11,6 +11,7 @@ import hashlib
 from ..core.errors import BadInput, unknown
 from ..core.types import Conversation, Signal
 from ..core.config import OPDConfig
+from ..hosted.pricing import Estimate
 from .base import Teacher, as_teacher, load_teacher, parse_specs, register_teacher
 
 # %% ../../nbs/06_teachers/03_mixture.ipynb #c038
@@ -25,6 +26,7 @@ class Mixture(Teacher):
         self.names = names or [str(i) for i in range(len(teachers))]
         self.check()
         self.codec, self.capabilities = teachers[0].codec, teachers[0].capabilities
+        self.hosted = any(t.hosted for t in self.teachers)
 
     def check(self):
         "Raise `BadInput` unless the teachers can share one student."
@@ -74,6 +76,16 @@ class Mixture(Teacher):
             mine = [conversations[i] for i in rows], [completions[i] for i in rows]
             for i, signal in zip(rows, teacher.score(*mine, on_error=on_error)): signals[i] = signal
         return signals
+
+    def estimate(self,
+        conversations: list[Conversation],      # whose prompts were answered
+        completions: list[tuple[bytes, bool]],  # (bytes, stopped) of each
+    ) -> Estimate | None:                       # None if no teacher of theirs has a bill
+        "What scoring would cost if nothing were in the cache."
+        parts = [teacher.estimate([conversations[i] for i in rows], [completions[i] for i in rows])
+                 for teacher, rows in self.split(conversations)]
+        parts = [part for part in parts if part is not None]
+        return sum(parts[1:], parts[0]) if parts else None
 
     def generate(self,
         conversations: list[Conversation],  # to be completed

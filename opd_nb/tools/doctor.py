@@ -48,7 +48,7 @@ def attempt(
     try:
         with contextlib.redirect_stdout(io.StringIO()): return work(), []
     except BadInput as e:
-        text = f'{e.field} = {str(e.value)[:120]!r}: {e.allowed}'
+        text = f'{e.field} = {e.shown}: {e.allowed}'
         return None, [Line('stop', topic, ' '.join(text.split()), ' '.join(e.remedy.split()))]
     except torch.OutOfMemoryError as e:
         reason = str(e).strip().splitlines()[0][:160]
@@ -180,6 +180,10 @@ def teacher_lines(
     for topic, text in described.items():
         level, remedy = found.get(topic, ('ok', ''))
         lines.append(Line(level, topic, text or 'none', remedy))
+    if teacher.codec and not teacher.codec.tok.chat_template:
+        lines.append(Line('warning', 'template', 'none, so prompts go to it as plain text',
+                          'A base model wants that; of a model that chats, take one with its '
+                          'template.'))
     modes = as_teacher(teacher).probe_all_modes()
     return lines + [Line('ok', 'way', str(mode)) for mode in modes]
 
@@ -252,7 +256,7 @@ def loss_line(
     try:
         name = loss_for(config.loss, vocab, teacher, config).name
     except BadInput as e:
-        return Line('stop', 'loss', f'{e.field} = {e.value!r}: {e.allowed}', e.remedy)
+        return Line('stop', 'loss', f'{e.field} = {e.shown}: {e.allowed}', e.remedy)
     same = vocab and vocab.identical
     fits = [x for x in teacher.capabilities.losses if x != 'gkd' or same]
     if name not in fits:

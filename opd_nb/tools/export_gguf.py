@@ -23,7 +23,7 @@ import torch
 from ..core.errors import BadInput, unknown
 from ..alignment.tokens import components, spelling_of
 from ..models.lm import LM, merge_adapters
-from ..models.gguf import require_package
+from ..models.gguf import LLAMA_LOG, require_package
 
 # %% ../../nbs/11_tools/05_export_gguf.ipynb #c006
 # transformers' model type -> llama.cpp's name
@@ -310,6 +310,7 @@ def quantize(
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = FILE_TYPES[quant]
     paths = str(source).encode(), str(target).encode()
+    LLAMA_LOG.begin(target)
     if llama_cpp.llama_model_quantize(*paths, ctypes.byref(params)):
         raise BadInput('quant', quant, f'llama.cpp could not write {target.name}',
                        'Export f16, which always works, and look at the disk.')

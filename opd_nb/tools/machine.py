@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import opd_nb
-from ..core.errors import BadInput
+from ..core.errors import BadInput, printable
 from ..core.config import OPDConfig
 from ..models.lm import pick_device
 from ..models.memory import available_memory, format_bytes
@@ -32,7 +32,7 @@ class Line:
 
     def __str__(self):
         remedy = f'. {self.remedy}' if self.remedy else ''
-        return f'{self.level:8} {self.topic:11} {self.text}{remedy}'
+        return f'{self.level:8} {self.topic:11} {printable(self.text + remedy)}'
 
 # %% ../../nbs/11_tools/01_machine.ipynb #c009
 def tested_versions() -> dict[str, str]:   # package -> version
@@ -103,7 +103,7 @@ def device_line(
     import torch
     try: device = pick_device(config.device)
     except BadInput as e:
-        return Line('stop', 'device', f'{e.field} = {e.value!r} {e.allowed}', e.remedy)
+        return Line('stop', 'device', f'{e.field} = {e.shown} {e.allowed}', e.remedy)
     name = 'Metal'
     if device.type == 'cuda': name = torch.cuda.get_device_name(device)
     if device.type == 'cpu': name = f'{os.cpu_count()} cores, {torch.get_num_threads()} threads'
