@@ -4,25 +4,31 @@
 
 # %% auto #0
 __all__ = ['set_up_logging', 'pass_on_keys', 'failed', 'main', 'demo_plan', 'quickstart_parameters', 'demo_parameters', 'demo',
-           'doctor', 'step', 'read_model', 'synth', 'validate', 'train', 'eval_', 'report', 'chat_flags', 'typed_lines',
-           'chat', 'export_flags', 'default_path', 'export', 'cache_line', 'cache', 'notebooks']
+           'examined', 'doctor', 'step', 'data', 'read_model', 'synth', 'validate', 'sample_lines', 'time_line',
+           'print_outcome', 'train', 'eval_', 'report', 'chat_flags', 'check_countdown', 'typed_lines', 'chat',
+           'export_flags', 'default_path', 'export', 'cache_line', 'cache', 'notebooks']
 
 # %% ../../nbs/13_cli/04_app.ipynb #h003
 import json
 import logging
 import os
+import re
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ..core.errors import BadInput, unknown
-from ..core.sources import OTHERS_KEYS, read_env
-from ..core.flags import Flags
-from ..core.config import OPDConfig
-from ..hosted.pricing import TeacherGone
+from .. import __version__
+from ..core.errors import BadInput, TeacherGone, unknown
 from .commands import COMMANDS, command, read_settings, settings_and_flags, summary, usage
 from .notebooks import notebook_folder, parse_parameter, run_notebook
+
+if TYPE_CHECKING:
+    from opd_nb.core.config import OPDConfig
+    from opd_nb.core.flags import Flags
+    from opd_nb.training.loop import Trained
 
 # %% ../../nbs/13_cli/04_app.ipynb #w004
 def set_up_logging():
@@ -33,6 +39,8 @@ def set_up_logging():
 
 def pass_on_keys():
     "Put the keys of other programs from `.env` into the environment, where those look for them."
+    if not Path('.env').is_file(): return
+    from opd_nb.core.sources import OTHERS_KEYS, read_env
     for key, value in read_env('.env').items():
         if key in OTHERS_KEYS and value: os.environ.setdefault(key, value)
 
@@ -54,18 +62,21 @@ def main(
     if not argv or argv[0] in ('-h', '--help', 'help'):
         print(usage())
         return 0
+    if argv[0] == '--version':
+        print(f'opd_nb {__version__}')
+        return 0
     try:
+        run_command = COMMANDS[argv[0]]
         pass_on_keys()
-        return COMMANDS[argv[0]](argv[1:]) or 0
+        return run_command(argv[1:]) or 0
     except BadInput as e: return failed(e, 2)
     except OSError as e:
         if e.filename is None: raise  # not about a file that somebody named
         return failed(BadInput('path', str(e.filename), f'cannot be used ({e.strerror})',
                                'See what lies there, or name another place.'), 2)
     except TeacherGone as e: return failed(e, 75)
-    except KeyboardInterrupt:
-        return failed('interrupted; what was written so far is kept. The same command goes on; '
-                      'train does with --resume.', 130)
+    except KeyboardInterrupt as e:
+        return failed(str(e) or 'interrupted', getattr(e, 'status', 130))
 
 # %% ../../nbs/13_cli/04_app.ipynb #n000
 def demo_plan(
@@ -103,6 +114,7 @@ def demo_parameters(
     argv: list[str],    # words after `opd demo`
 ) -> dict[str, object]: # parameter -> value, of those that were given
     "Parameters of the quickstart notebook, from flags."
+    from opd_nb.core.flags import Flags
     parameters = quickstart_parameters()
     flags = Flags('opd demo', summary('demo'),
                   usage='opd demo [parameters of the notebook quickstart]')
@@ -134,12 +146,10 @@ def demo(
     return 0
 
 # %% ../../nbs/13_cli/04_app.ipynb #c016
-@command
-def doctor(
-    argv: list[str],    # settings
+def examined(
+    config: 'OPDConfig',
 ) -> int:               # 1 if something would stop the run
-    "Look at a run before it begins: what is there, what fits, what it will take: opd doctor --preset laptop"
-    config = read_settings(argv, 'opd doctor')
+    "Print what the doctor finds, and return an exit status."
     logging.getLogger('opd_nb').setLevel(logging.WARNING)  # each line begins with its level
     from opd_nb.tools.doctor import examine
     stops = 0
@@ -147,6 +157,13 @@ def doctor(
         print(line, flush=True)
         stops += line.level == 'stop'
     return int(stops > 0)
+
+@command
+def doctor(
+    argv: list[str],    # settings
+) -> int:               # 1 if something would stop the run
+    "Look at a run before it begins: what is there, what fits, what it will take: opd doctor --preset laptop"
+    return examined(read_settings(argv, 'opd doctor'))
 
 # %% ../../nbs/13_cli/04_app.ipynb #c018
 @command
@@ -160,6 +177,25 @@ def step(
     print(distil_once(load_pair(config), choose_prompt(config, given.prompt), config.seed))
     return 0
 
+# %% ../../nbs/13_cli/04_app.ipynb #67bd0436
+@command
+def data(
+    argv: list[str],    # FILE, --student, --num-samples
+) -> int:
+    "Look at a data set: rows, roles, lengths in tokens, one prompt as the student sees it: opd data prompts.jsonl"
+    from opd_nb.core.flags import Flags
+    flags = Flags('opd data', summary('data'))
+    flags.add_argument('data', help='a file as for opd train, or OWNER/NAME on the Hub')
+    flags.add_argument('--student', metavar='ID', default='tiny:',
+                       help='whose tokenizer and template to use [default tiny:]')
+    flags.add_argument('--on-error', metavar='NAME', choices=('raise', 'skip'), default='raise',
+                       help='of a bad row: end, or skip it and count it [default raise]')
+    given = flags.parse_args(argv)
+    from opd_nb.tools.data_view import describe_data
+    for topic, text in describe_data(given.data, given.student, given.on_error).items():
+        print(f'{topic:10} {text}')
+    return 0
+
 # %% ../../nbs/13_cli/04_app.ipynb #c020
 def read_model(
     model: type,            # a settings class of pydantic
@@ -168,6 +204,7 @@ def read_model(
     positional: str = '',   # a setting that is given without a flag, first
 ):                          # an instance of `model`
     "The settings that a command line means, for a class other than `OPDConfig`."
+    from opd_nb.core.flags import Flags
     from opd_nb.data.dataset import check_settings
     usage = f'{prog} {positional.upper()} [settings]' if positional else f'{prog} [settings]'
     flags = Flags(prog, model.__doc__, usage=usage)
@@ -218,22 +255,57 @@ def validate(
     return found.status
 
 # %% ../../nbs/13_cli/04_app.ipynb #c024
+def sample_lines(
+    folder: Path,       # of a run
+    n: int = 3,         # prompts to show
+) -> list[str]:
+    "What the student wrote before and after, to the same held-out prompts."
+    from opd_nb.monitor.report import early_and_late, read_samples
+    from opd_nb.tools.chat import without_controls
+    lines = []
+    for row in early_and_late(read_samples(folder))[:n]:
+        prompt, before, after = (' '.join(without_controls(x).split())[:90] for x in row.values())
+        lines += [f'  {prompt}', f'    before  {before}', f'    after   {after}']
+    return lines
+
+def time_line(
+    events: list[dict],  # of a run
+) -> str:                # '' if there was no step
+    "Where the time of the steps went."
+    from opd_nb.monitor.report import time_by_phase
+    phases = time_by_phase(events)
+    total = sum(phases.values())
+    if not total: return ''
+    return ', '.join(f'{name} {s:.0f} s ({s / total:.0%})' for name, s in phases.items())
+
+def print_outcome(
+    done: 'Trained',
+):
+    "What came of a run, where everything lies, and what to type next."
+    from opd_nb.monitor.report import run_report
+    print(f'\n{str(done).splitlines()[0]}')
+    if time := time_line(done.events): print(f'time     {time}')
+    if samples := sample_lines(done.folder): print('what it wrote to held-out prompts:', *samples, sep='\n')
+    outputs = dict(student=done.student, best=done.best, log=done.folder / 'log.jsonl',
+                   report=run_report(done.folder), next=f'opd chat {shlex.quote(str(done.folder))}')
+    for label, text in outputs.items(): print(f'{label:8} {text}')
+
+# %% ../../nbs/13_cli/04_app.ipynb #d5db747a
 @command
 def train(
     argv: list[str],    # settings
 ) -> int:
     "Distil a teacher into a student: opd train --preset laptop"
-    config = read_settings(argv, 'opd train')
-    from opd_nb.monitor.report import run_report
+    dry_run = 'look at the run as opd doctor does, and stop there'
+    config, given = settings_and_flags(argv, 'opd train', switches=dict(dry_run=dry_run))
+    from opd_nb.core.config import require_teacher
+    from opd_nb.core.folders import find_folder
+    require_teacher(config)
+    config = find_folder(config)  # before anything is loaded
+    if given.dry_run: return examined(config)
+    if config.resume: print(f'resume   {config.output_dir}', flush=True)
     from opd_nb.training import loop
-    done = loop.train(config)
-    last = next((e for e in reversed(done.events) if e['event'] == 'validation'), done.events[-1])
-    line = f"{done.steps} steps in {done.seconds:.0f} s; loss {last['loss']:.4f}"
-    if 'top1_agreement' in last: line += f", top-1 agreement {last['top1_agreement']:.1%}"
-    print(line)
-    outputs = dict(student=done.student, best=done.best, log=done.folder / 'log.jsonl',
-                   report=run_report(done.folder))
-    for label, path in outputs.items(): print(f'{label:8} {path}')
+    print_outcome(loop.train(config))
     return 0
 
 # %% ../../nbs/13_cli/04_app.ipynb #c026
@@ -251,14 +323,17 @@ def report(
     argv: list[str],    # folder of the run
 ):
     "Write the page of a run, finished or not: opd report runs/laptop"
-    from opd_nb.monitor.report import run_report
+    from opd_nb.core.flags import Flags
     flags = Flags('opd report', summary('report'))
     flags.add_argument('run', help='folder of the run; the page is report.html in it')
-    print(run_report(flags.parse_args(argv).run))
+    given = flags.parse_args(argv)
+    from opd_nb.monitor.report import run_report
+    print(run_report(given.run))
 
 # %% ../../nbs/13_cli/04_app.ipynb #w006
-def chat_flags() -> Flags:
+def chat_flags() -> 'Flags':
     "The flags of `opd chat`."
+    from opd_nb.core.flags import Flags
     flags = Flags('opd chat', summary('chat'))
     add = flags.add_argument
     add('student', nargs='+', help='a run, a folder, a Hub id, or tiny:NAME; one or several')
@@ -273,6 +348,17 @@ def chat_flags() -> Flags:
     add('--seed', metavar='N', type=int, default=0, help='of the sampling [default 0]')
     add('--device', metavar='NAME', default='auto', help='cpu, cuda, mps [default auto]')
     return flags
+
+def check_countdown(
+    question: str,
+    answer: str,
+) -> str:        # '' if the question is no puzzle
+    "Whether an answer solves a puzzle of the game Countdown."
+    from opd_nb.lab.countdown import verify
+    puzzle = re.fullmatch(r'Make (\d{1,4}) from ((?:\d{1,4} ?){1,6})\.?', question.strip())
+    if not puzzle: return ''
+    verdict = verify([int(n) for n in puzzle[2].split()], int(puzzle[1]), answer)
+    return 'right' if verdict else f'wrong: {verdict.reason}'
 
 def typed_lines() -> Iterator[str]:
     "What is typed or piped in, up to the end of the input."
@@ -297,21 +383,23 @@ def chat(
         if not minimum <= value < float('inf'):
             raise BadInput(name, value, f'must be at least {minimum}',
                            f'Leave it out for {flags.get_default(name)}.')
-    from opd_nb.tools.chat import ChatModel, converse, name_models
+    from opd_nb.core.config import OPDConfig
     from opd_nb.models.lm import LM
+    from opd_nb.tools.chat import ChatModel, converse, name_models
     config = OPDConfig()
     token = config.hf_token.get_secret_value() if config.hf_token else None
     def load(spec):
         return ChatModel(LM.load(spec, 'student', device=given.device, token=token,
                                  trust_remote_code=config.trust_remote_code))
     models = {name: load(spec) for name, spec in name_models(given.student, given.base).items()}
-    converse(models, given.prompt or typed_lines(), max_new_tokens=given.max_new_tokens,
-             temperature=given.temperature, seed=given.seed)
+    converse(models, given.prompt or typed_lines(), check=check_countdown,
+             max_new_tokens=given.max_new_tokens, temperature=given.temperature, seed=given.seed)
     return 0
 
 # %% ../../nbs/13_cli/04_app.ipynb #w007
-def export_flags() -> Flags:
+def export_flags() -> 'Flags':
     "The flags of `opd export`."
+    from opd_nb.core.flags import Flags
     flags = Flags('opd export', summary('export'))
     add = flags.add_argument
     add('student', help='a run, a folder, a Hub id, or tiny:NAME')
@@ -345,6 +433,7 @@ def export(
 ) -> int:
     "Write a student with its card, merged, as GGUF, or to the Hub: opd export runs/laptop --merge --out my-student"
     given = export_flags().parse_args(argv)
+    from opd_nb.core.config import OPDConfig
     from opd_nb.tools.export_hf import find_student, push, write_student
     run = find_student(given.student)
     out = default_path(run.student, given.gguf or 'export')
@@ -381,6 +470,8 @@ def cache(
     argv: list[str],    # --clear [MODEL], --teacher-cache FILE
 ) -> int:
     "Show or clear the answers of API teachers that are kept"
+    from opd_nb.core.config import OPDConfig
+    from opd_nb.core.flags import Flags
     flags = Flags('opd cache', summary('cache'))
     flags.add_argument('--clear', nargs='?', const='', metavar='MODEL',
                        help='forget the answers of this model, or all')

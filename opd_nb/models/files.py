@@ -40,8 +40,9 @@ def looks_local(
     path: str,   # of a spec, without its scheme
 ) -> bool:
     "Whether this is a folder rather than a Hub id."
-    if path.startswith(('.', '/', '~')) or '\\' in path: return True
-    return path.count('/') != 1 or Path(path).expanduser().exists()
+    if path.startswith(('.', '/', '~')) or path.endswith('/') or '\\' in path: return True
+    if path.count('/') != 1: return True
+    return Path(path).parent.is_dir()  # somebody means a folder beside those
 
 def model_folder(
     path: str,   # of a folder

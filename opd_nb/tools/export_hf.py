@@ -63,7 +63,9 @@ def find_student(
 ) -> StudentRun:
     "The student that is meant, and its run if that is here."
     folder = Path(spec)
-    if not folder.is_dir(): return StudentRun(str(spec))
+    if not folder.is_dir():
+        model_path(str(spec))  # raises `BadInput` for what can be neither a folder nor a Hub id
+        return StudentRun(str(spec))
     is_model = any((folder / name).exists() for name in ('config.json', 'adapter_config.json'))
     student = folder if is_model else best_student(folder)
     run = student.parent

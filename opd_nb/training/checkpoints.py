@@ -23,6 +23,7 @@ from filelock import FileLock, Timeout
 
 from ..core.config import OPDConfig
 from ..core.errors import BadInput
+from ..core.folders import check_run_folder
 from ..models.lm import LM, load_adapter_weights, merge_adapters
 from ..models.fsdp import gather_state, is_sharded, load_optimizer_state, load_sharded_weights
 from ..monitor.run_log import read_log, explain_write_errors
@@ -43,9 +44,7 @@ def open_folder(
         raise BadInput('output_dir', str(path),
                        f'must be a folder that can be written to ({e.strerror})',
                        'Choose another with --output-dir.') from None
-    if (path / 'log.jsonl').exists() and not resume:
-        raise BadInput('output_dir', str(path), 'holds a run already',
-                       'Go on with it (--resume), choose another folder, or delete it.')
+    check_run_folder(path, resume)
     lock_folder(path)
     remove_leftovers(path)
     return path
