@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['BAR', 'notebook_folder', 'sections', 'announcing_engine', 'without_bars', 'tidy_outputs', 'relink', 'tidy_notebook',
-           'run_notebook', 'parse_literal', 'parse_parameter', 'processor', 'run_facts', 'settings_html']
+           'run_notebook', 'parse_literal', 'parse_parameter', 'demo_plan', 'quickstart_parameters', 'demo_parameters',
+           'processor', 'run_facts', 'settings_html']
 
 # %% ../../nbs/13_cli/02_notebooks.ipynb #c003
 import os
@@ -19,6 +20,7 @@ from pathlib import Path
 from urllib.parse import quote, unquote
 
 from ..core.errors import BadInput
+from .commands import summary
 
 # %% ../../nbs/13_cli/02_notebooks.ipynb #c006
 def notebook_folder() -> Path:
@@ -187,6 +189,53 @@ def parse_parameter(
     try: return TypeAdapter(bool).validate_python(text)
     except ValueError:
         raise BadInput(name, text, 'must be true or false', f'The default is {default}.') from None
+
+# %% ../../nbs/13_cli/02_notebooks.ipynb #n000
+def demo_plan(
+    given: dict[str, object],     # parameters from the command line
+    found: dict[str, dict],     # of the notebook, as papermill finds them
+    folder: Path,    # where everything goes
+) -> str:
+    "What the demonstration is about to do, and how long that takes."
+    asked = {name: str(given.get(name, p['default'])) for name, p in found.items()}
+    steps, puzzles, extra = asked['max_steps'], asked['n_eval'], asked['control_steps']
+    lines = [
+        'A small student learns from a larger teacher that cuts text in another way.',
+        f'It is asked {puzzles} puzzles, trained for {steps} steps, and asked them again.',
+        'Both models are in the package: nothing is downloaded.',
+    ]
+    if asked['control'] == 'True' and extra != '0':
+        lines.append(f'Then comes a control: {extra} steps with the scores of other puzzles. '
+                     'They must not help.')
+    lines += [
+        'With the defaults it takes about 3 minutes on two quiet cores, and more on busy ones.',
+        f'Everything goes to {folder}',
+    ]
+    if (asked['student'], asked['teacher']) != ("'tiny:student'", "'tiny:teacher'"):
+        lines.remove('Both models are in the package: nothing is downloaded.')
+    return '\n'.join(lines)
+
+# %% ../../nbs/13_cli/02_notebooks.ipynb #b1f1d01e
+def quickstart_parameters() -> dict[str, dict]:
+    "Parameters of the quickstart notebook, as papermill finds them."
+    import papermill
+    return papermill.inspect_notebook(str(notebook_folder() / 'quickstart.ipynb'))
+
+
+def demo_parameters(
+    argv: list[str],    # words after `opd demo`
+) -> dict[str, object]: # parameter -> value, of those that were given
+    "Parameters of the quickstart notebook, from flags."
+    from opd_nb.core.flags import Flags
+    parameters = quickstart_parameters()
+    flags = Flags('opd demo', summary('demo'),
+                  usage='opd demo [parameters of the notebook quickstart]')
+    for p in parameters.values():
+        about = f"{(p['help'] or '').strip()} [default {p['default']}]".replace('%', '%%')
+        flags.add_argument('--' + p['name'].replace('_', '-'), metavar='VALUE', help=about)
+    given = vars(flags.parse_args(argv))
+    return {name: parse_parameter(name, text, parameters[name]['default'])
+            for name, text in given.items() if text is not None}
 
 # %% ../../nbs/13_cli/02_notebooks.ipynb #n021
 def processor() -> str:

@@ -4,21 +4,16 @@
 
 # %% auto #0
 __all__ = ['log', 'SAVES_MEMORY', 'T', 'VALIDATION_STEP', 'MAX_FAILED_STEPS', 'train_step', 'forward_backward', 'distil',
-           'TermLoss', 'StepLoss', 'all_reduce_terms', 'update_weights', 'step_event', 'now', 'phase_seconds',
-           'retry_on_oom', 'is_out_of_memory', 'free_memory', 'validation_due', 'validate', 'choose_monitored',
-           'monitored_value', 'validate_and_keep_best', 'save_and_explain', 'resume_command', 'save_failed',
-           'StopRequest', 'stop_if_asked', 'lost_steps', 'Trained', 'train', 'agree_on_folder', 'remove_unused',
-           'run_to_end', 'training_loop', 'start_run', 'is_broken', 'sample_faults', 'warn_of_samples']
+           'TermLoss', 'StepLoss', 'all_reduce_terms', 'update_weights', 'step_event', 'retry_on_oom',
+           'is_out_of_memory', 'free_memory', 'validation_due', 'validate', 'choose_monitored', 'monitored_value',
+           'validate_and_keep_best', 'save_and_explain', 'save_failed', 'Trained', 'train', 'run_to_end',
+           'training_loop', 'start_run']
 
 # %% ../../nbs/09_training/08_loop.ipynb #c004
 import gc
 import json
 import logging
 import math
-import os
-import shlex
-import signal
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -32,14 +27,13 @@ from accelerate.utils.memory import should_reduce_batch_size
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from ..core.errors import BadInput, Interrupted
+from ..core.errors import BadInput, Interrupted, TeacherGone
 from ..core.config import OPDConfig
-from ..core.folders import choose_folder
 from ..core.distributed import all_reduce_sum, all_or_none, all_gather, process_state, set_gradients
+from ..core.text import counted
 from ..core.types import Rollout
 from ..models.fsdp import clip_gradients, is_sharded
-from ..hosted.pricing import TeacherGone
-from ..monitor.metrics import text_metrics
+from ..monitor.metrics import sample_faults, text_metrics
 from ..monitor.run_log import log_event, explain_write_errors
 from ..monitor.trackers import Trackers
 from ..monitor.report import HEADLINES, save_samples
@@ -47,8 +41,9 @@ from .batch import (WeightedMetrics, by_teacher, distillation_loss, micro_batche
                                    read_and_align, score)
 from .methods import (LossSum, MethodLoss, Term, get_method, register_method,
                                      sample_or_reference, step_terms, weighted_means)
-from .checkpoints import (Monitored, check_resumable, newest_checkpoint, open_folder,
-                                         resume_run, save_student, unlock_folder)
+from .checkpoints import (
+    Monitored, StopRequest, agree_on_folder, check_resumable, lost_steps, open_folder, remove_unused,
+    resume_command, resume_run, save_student, stop_if_asked, unlock_folder)
 from .setup import Run, pair_warnings, prepare, run_record
 
 log = logging.getLogger('opd_nb')
@@ -68,7 +63,7 @@ def train_step(
     usable = bool(total.trained and math.isfinite(grad_norm))
     lr = update_weights(run, usable)                         # 6. optimizer step
     run.last_rollouts = terms[0].term.rollouts
-    return step_event(run, total, usable, grad_norm, lr) | phase_seconds(run, now(run) - start)
+    return step_event(run, total, usable, grad_norm, lr) | run.phase_seconds(run.now() - start)
 
 
 def forward_backward(
@@ -78,7 +73,7 @@ def forward_backward(
     start = time.perf_counter()
     torch.manual_seed(run.config.seed * 1_000_003 + run.step)  # for dropout; sampling is keyed
     terms = step_terms(run, run.step)                        # 1. rollouts, sampled from the student
-    run.seconds = dict(writing=now(run) - start, teacher=0.)
+    run.seconds = Counter(writing=run.now() - start)
     losses = []
     for term in terms:
         run.student.model.zero_grad()
@@ -101,7 +96,7 @@ def distil(
         for teacher, texts in by_teacher(run.teacher, rows):
             asked = time.perf_counter()
             texts, signals = score(teacher, texts)           # 2. signals, from the teacher
-            run.seconds['teacher'] += now(run) - asked
+            run.seconds['teacher'] += run.now() - asked
             if not texts: continue                           # none that it can read
             # 3. alignment of its positions and the student's, on bytes
             batch = read_and_align(run.student, texts, signals, run.vocab, run.compute_dtype)
@@ -183,27 +178,9 @@ def step_event(
     rollouts = run.last_rollouts
     from_server = run.sampler.metrics if rollouts and rollouts[0].logprobs else {}
     on_policy = sum(r.on_policy for r in rollouts) / max(1, len(rollouts))
-    event = dict(event='step', step=run.step, loss=total.loss, loss_name=run.loss_name,
+    event = dict(event='step', step=run.step, loss=total.loss, objective=run.loss_name,
                  trained=total.trained, skipped=int(not usable), grad_norm=grad_norm, lr=lr, on_policy=on_policy)
     return event | total.metrics | from_server
-
-
-def now(
-    run: Run,
-) -> float:    # seconds
-    "The time, once the device has done what it was given."
-    if run.student.device.type != 'cpu': torch.accelerator.synchronize()
-    return time.perf_counter()
-
-
-def phase_seconds(
-    run: Run,          # after a step
-    seconds: float,    # that the step took
-) -> dict[str, float]:
-    "Where the time of a step went: writing, teacher, learning."
-    writing, teacher = run.seconds['writing'], run.seconds['teacher']
-    return dict(seconds_writing=writing, seconds_teacher=teacher,
-                seconds_student=seconds - writing - teacher, seconds=seconds)
 
 # %% ../../nbs/09_training/08_loop.ipynb #c011
 SAVES_MEMORY = ('Lower MAX_NEW_TOKENS; or set KD_LORA=1, --gradient-checkpointing, '
@@ -276,7 +253,7 @@ def validate(
     term_loss = retry_on_oom(run, attempt, len(run.val))
     total = all_reduce_terms(run, [term_loss])
     run.last_rollouts = term_loss.term.rollouts
-    event = dict(event='validation', step=run.step, loss=total.loss, loss_name=run.loss_name,
+    event = dict(event='validation', step=run.step, loss=total.loss, objective=run.loss_name,
                  trained=total.trained)
     return event | total.metrics
 
@@ -294,7 +271,7 @@ def choose_monitored(
     if wanted != 'auto' and run.state.is_main_process:
         log.warning('monitor = %r is no figure of this run, so the %s decides; there are %s',
                     setting, 'lowest loss' if name == 'loss' else f'highest {name}',
-                    ', '.join(k for k in metrics if k not in ('event', 'step', 'loss_name')))
+                    ', '.join(k for k in metrics if k not in ('event', 'step', 'objective')))
     return Monitored(setting, mode, name, name != 'loss')
 
 
@@ -340,13 +317,6 @@ def save_and_explain(
     return BadInput(error.field, error.value, error.allowed, remedy)
 
 
-def resume_command(
-    folder: Path,   # of a run
-) -> str:
-    "What to type to go on with a run."
-    return f'opd train --config {shlex.quote(str(folder / "config.yaml"))} --resume'
-
-
 MAX_FAILED_STEPS = 10  # in a row, without a usable gradient
 
 def save_failed(
@@ -373,54 +343,6 @@ def save_failed(
         f'{saved} See what opd doctor says of the pair; where tokenizers share little, alm and pg '
         'still work, and --cold-start-steps 100 teaches the student to answer at all.')
 
-# %% ../../nbs/09_training/08_loop.ipynb #aebf0911
-class StopRequest:
-    "Takes Ctrl-C and SIGTERM as a request to stop after the step; a second one stops at once."
-    def __init__(self):
-        self.number = 0       # of the signal; 0 while nobody asked
-        self.before = {}      # signal -> who handled it
-
-    def __enter__(self):
-        if threading.current_thread() is not threading.main_thread(): return self
-        for number in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(number) != signal.SIG_IGN:
-                self.before[number] = signal.signal(number, self.ask)
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-
-    def ask(self, number: int, _frame):
-        "Note the request."
-        if self.number: raise KeyboardInterrupt
-        self.number = number
-        os.write(2, b'\nThis step is finished and saved; once more stops at once.\n')
-
-
-def stop_if_asked(
-    run: Run,
-    stop: StopRequest,   # of this process
-):
-    "Save the run and raise `Interrupted`, if any process was asked to stop."
-    number = max(all_gather(run.state, [stop.number]))
-    if not number: return
-    save_student(run, f'step-{run.step}')
-    raise Interrupted(f'interrupted; the run is saved at step {run.step}. It goes on with: '
-                      f'{resume_command(run.config.output_dir)}', 128 + number)
-
-
-def lost_steps(
-    folder: Path,    # of a run that was stopped at once
-) -> Interrupted:    # to be raised
-    "Say what is left of a run that could not be saved."
-    if newest := newest_checkpoint(folder):
-        message = f'interrupted; what came after {newest.name} is lost. It goes on from there with: '
-    elif (folder / 'log.jsonl').exists():
-        message = 'interrupted; no step was saved. It begins again with: '
-    else: return Interrupted('interrupted before the first step; nothing was saved')
-    return Interrupted(message + resume_command(folder))
-
 # %% ../../nbs/09_training/08_loop.ipynb #c030
 @dataclass(frozen=True)
 class Trained:
@@ -433,13 +355,13 @@ class Trained:
     steps: int        # taken
 
     def __str__(self):
-        last = next((e for e in reversed(self.events) if e['event'] == 'validation'), None)
-        where = ' on held-out prompts' if last else ' in the last step'
-        last = last or (self.events or [{}])[-1]
-        values = [f'{name} {last[key]:{form}}' for key, name, form in HEADLINES
-                  if isinstance(last.get(key), (int, float))]
-        return (f"{self.steps} steps in {self.seconds:.0f} s; {', '.join(values)}{where}\n"
-                f'student {self.student}, best {self.best}')
+        validations = [e for e in self.events if e['event'] == 'validation']
+        last = (validations or self.events or [{}])[-1]
+        where = ' on held-out prompts' if validations else ' in the last step'
+        values = ', '.join(f'{name} {last[key]:{form}}' for key, name, form in HEADLINES
+                           if isinstance(last.get(key), (int, float)))
+        steps = f"{counted(self.steps, 'step')} in {self.seconds:.0f} s"
+        return f'{steps}; {values}{where}\nstudent {self.student}, best {self.best}'
 
 # %% ../../nbs/09_training/08_loop.ipynb #c031
 def train(
@@ -449,7 +371,7 @@ def train(
     show: Callable[[dict], object] | None = None, # called with each event, such as a `LivePlot`
 ) -> Trained:
     "Distil a teacher into a student, as `config` says; the result is in `config.output_dir`."
-    state, unnamed = process_state(config.device), config.output_dir is None
+    state, named = process_state(config.device), config.output_dir
     config = agree_on_folder(config, state)
     try:
         run = start_run(config, teacher, show)
@@ -458,24 +380,7 @@ def train(
     except KeyboardInterrupt: raise lost_steps(config.output_dir) from None
     finally:
         unlock_folder(config.output_dir)
-        if unnamed and state.is_main_process: remove_unused(config.output_dir)
-
-
-def agree_on_folder(
-    config: OPDConfig,
-    state,               # of `process_state`
-) -> OPDConfig:          # with the same `output_dir` in every process
-    "The settings with the run's folder, chosen by the main process."
-    def choose(): return choose_folder(config).output_dir if state.is_main_process else None
-    folder = all_gather(state, [all_or_none(state, choose)])[0]
-    return config.model_copy(update=dict(output_dir=folder))
-
-
-def remove_unused(
-    folder: Path,    # that was made for a run
-):
-    "Remove a folder in which no run began."
-    if {p.name for p in folder.iterdir()} <= {'.lock'}: shutil.rmtree(folder)
+        if not named and state.is_main_process: remove_unused(config.output_dir)
 
 
 def run_to_end(
@@ -487,14 +392,16 @@ def run_to_end(
     start, first_step, folder = time.perf_counter(), run.step, run.config.output_dir
     hidden = not (progress and run.state.is_main_process)
     above_the_bar = nullcontext() if hidden else logging_redirect_tqdm()
-    with above_the_bar, tqdm(total=run.config.max_steps, initial=run.step, desc='distil',
-                             disable=hidden, mininterval=1) as bar:
-        training_loop(run, bar, stop)
+    bar = tqdm(total=run.config.max_steps, initial=run.step, desc='distil', disable=hidden,
+               mininterval=1)
+    with above_the_bar, bar: training_loop(run, bar, stop)
     if run.step > first_step: save_student(run, f'step-{run.step}')  # for further steps
     final, best = save_student(run, 'final'), folder / 'best'
     if run.trackers: run.trackers.close()
     if run.best_value is None or not best.is_dir(): best = final
-    if run.state.is_main_process: warn_of_samples(run)
+    own = [r for r in run.last_rollouts if r.on_policy and run.state.is_main_process]
+    for name, n in sample_faults(own).items():
+        log.warning('samples: %s, in %d of the last %d; see samples.jsonl', name, n, len(own))
     return Trained(folder, final, best, run.events, time.perf_counter() - start, run.step)
 
 
@@ -536,39 +443,8 @@ def start_run(
     if is_main:
         config, record = run.config, run_record(run)
         config.save(folder / 'config.yaml', record)
-        for topic, text in (record | dict(folder=folder)).items(): log.info('%-8s %s', topic, text)
+        where = f'{folder}, from step {run.step}' if run.step else folder
+        for topic, text in (record | dict(folder=where)).items(): log.info('%-8s %s', topic, text)
         for text in pair_warnings(run): log.warning('%s', text)
-        if run.step: log.info('%-8s from step %d', 'resumed', run.step)
         run.trackers, run.show = Trackers(config, folder, run.step), show
     return run
-
-# %% ../../nbs/09_training/08_loop.ipynb #36990be8
-def is_broken(
-    rollout: Rollout,
-) -> bool:
-    "Whether a completion holds bytes that are no text, or characters that do not print."
-    text = rollout.text if rollout.stopped else rollout.text.rstrip('\ufffd')  # cut in a character
-    return any(c == '\ufffd' or not (c.isprintable() or c.isspace()) for c in text)
-
-
-def sample_faults(
-    rollouts: list[Rollout],
-) -> dict[str, int]:   # name of a fault -> how many have it, of those worth a word
-    "What is wrong with completions, as far as it can be seen without reading them."
-    most = Counter(r.text for r in rollouts).most_common(1)[0][1]
-    found = {'byte garbage': (sum(map(is_broken, rollouts)), 0),
-             'nothing written': (sum(not r.text.strip() for r in rollouts), .1),
-             'never ended': (sum(not r.stopped for r in rollouts), .9),
-             'one and the same text': (most, .5 if len(rollouts) > 2 else 1)}
-    return {name: n for name, (n, share) in found.items() if n > share * len(rollouts)}
-
-
-def warn_of_samples(
-    run: Run,    # that has ended
-):
-    "Log a warning for what is wrong with the last completions."
-    written = [r for r in run.last_rollouts if r.on_policy]
-    if not written: return
-    for name, n in sample_faults(written).items():
-        log.warning('samples: %s, in %d of the last %d. See samples.jsonl in %s.',
-                    name, n, len(written), run.config.output_dir)

@@ -13,6 +13,8 @@ import math
 import os
 import shutil
 import tempfile
+import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,6 +25,7 @@ from ..core.errors import BadInput
 from .. import __version__
 from ..core.config import OPDConfig, require_teacher
 from ..core.distributed import process_state
+from ..core.text import counted
 from ..core.types import Conversation, Rollout
 from ..alignment.vocab import VocabMap
 from ..models.lm import LM, merge_adapters
@@ -63,7 +66,7 @@ class Run:
     monitored: Monitored | None = None  # which metric that is
     validations_since_best: int = 0
     failed_steps: int = 0               # steps without a usable gradient, in a row
-    seconds: dict[str, float] = field(default_factory=lambda: dict(writing=0., teacher=0.)) # of the step, by phase
+    seconds: dict[str, float] = field(default_factory=Counter) # of the step: writing, teacher
     last_rollouts: list[Rollout] = field(default_factory=list) # of the last step or validation
     events: list[dict] = field(default_factory=list) # what `log.jsonl` holds
     watch: Watch = field(default_factory=Watch) # looks for alerts in the events
@@ -74,6 +77,19 @@ class Run:
     def loss_name(self) -> str:
         "The loss as resolved, or the method if it needs none."
         return self.loss.name if self.loss else self.config.method
+
+    def now(self) -> float:
+        "The time in seconds, once the device has done what it was given."
+        if self.student.device.type != 'cpu': torch.accelerator.synchronize()
+        return time.perf_counter()
+
+    def phase_seconds(self,
+        seconds: float,    # that a step took
+    ) -> dict[str, float]:
+        "Where the time of the step went: writing, teacher, learning."
+        writing, teacher = self.seconds['writing'], self.seconds['teacher']
+        return dict(seconds_writing=writing, seconds_teacher=teacher,
+                    seconds_student=seconds - writing - teacher, seconds=seconds)
 
     @property
     def weights(self) -> list[torch.nn.Parameter]:
@@ -161,6 +177,7 @@ def prepare(
     run = Run(config, student, teacher, vocab, loss, train, val, state,
               compute_dtype=compute_dtype(config, student), sampler=rollout_function(config),
               watch=Watch(config), micro_batch=config.micro_batch)
+    run.watch.config = config.model_copy(update=dict(loss=run.loss_name))  # as resolved
     run.max_prompt_tokens = prompt_limit(student, config.max_new_tokens, config.max_prompt_tokens)
     run.optimizers = make_optimizers(student.model, config.optimizer, config.learning_rate,
                                      config.weight_decay)
@@ -256,7 +273,8 @@ def model_texts(
 ) -> dict[str, str]:   # 'student' and, if there is one, 'teacher'
     "Both models in a line each."
     c, teacher = run.config, run.teacher
-    texts = dict(student=f'{c.student}, {size_text(run.student.model)}, {codec_text(run.student.codec)}')
+    parts = [c.student, size_text(run.student.model), codec_text(run.student.codec)]
+    texts = dict(student=', '.join(parts))
     if teacher is None: return texts
     lm = getattr(teacher, 'lm', None)
     parts = [size_text(lm.model) if lm else describe(teacher)['mode']]
@@ -272,7 +290,8 @@ def budget_text(
     c, n = run.config, len(run.train)
     rollouts = c.batch * c.num_generations
     epochs = c.max_steps * c.batch / n
-    return (f'{c.max_steps:,} steps of {rollouts} rollouts, at most {c.max_new_tokens} tokens each; '
+    return (f'{counted(c.max_steps, "step")} of {counted(rollouts, "rollout")}, '
+            f'at most {c.max_new_tokens} tokens each; '
             f'{n:,} prompts, {epochs:.2g} times; {len(run.val):,} to validate')
 
 
