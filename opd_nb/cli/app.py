@@ -13,7 +13,6 @@ import logging
 import os
 import re
 import shlex
-import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING
 from .. import __version__
 from ..core.errors import BadInput, TeacherGone, unknown
 from .commands import COMMANDS, command, read_settings, settings_and_flags, summary, usage
-from .notebooks import (demo_parameters, demo_plan, notebook_folder,
+from .notebooks import (copy_notebooks, demo_parameters, demo_plan, notebook_folder,
                                   quickstart_parameters, run_notebook)
 
 if TYPE_CHECKING:
@@ -427,15 +426,10 @@ def notebooks(
     argv: list[str],    # [folder]
 ) -> int:
     "Copy the run notebooks somewhere, to read, run and change: opd notebooks my-notebooks"
-    originals = sorted(notebook_folder().glob('*.ipynb'))
     if len(argv) != 1 or argv[0].startswith('-'):
-        print('usage: opd notebooks DIR\n\n' + '\n'.join(nb.name for nb in originals))
+        names = sorted(nb.name for nb in notebook_folder().glob('*.ipynb'))
+        print('usage: opd notebooks DIR\n\n' + '\n'.join(names))
         return 0 if '--help' in argv else 2
-    target = Path(argv[0])
-    for nb in originals:
-        if (target / nb.name).exists():
-            print(f'{target / nb.name} is there already and is left alone')
-            continue
-        target.mkdir(parents=True, exist_ok=True)
-        print(shutil.copy(nb, target / nb.name))
+    for path, is_new in copy_notebooks(Path(argv[0])).items():
+        print(path if is_new else f'{path} is there already and is left alone')
     return 0

@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['BAR', 'notebook_folder', 'sections', 'announcing_engine', 'without_bars', 'tidy_outputs', 'relink', 'tidy_notebook',
-           'run_notebook', 'parse_literal', 'parse_parameter', 'demo_plan', 'quickstart_parameters', 'demo_parameters',
-           'processor', 'run_facts', 'settings_html']
+           'copy_notebook', 'copy_notebooks', 'run_notebook', 'parse_literal', 'parse_parameter', 'demo_plan',
+           'quickstart_parameters', 'demo_parameters', 'processor', 'run_facts', 'settings_html']
 
 # %% ../../nbs/13_cli/02_notebooks.ipynb #c003
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Collection
 from datetime import datetime, timezone
 from functools import cache
 from importlib.metadata import version
@@ -108,12 +110,13 @@ def relink(
     text: str,     # markdown of a notebook in `old`
     old: Path,     # folder
     new: Path,     # folder of the copy
+    beside: Collection[str] = (),  # names of files that are copied too
 ) -> str:
-    "Markdown with relative links that lead to the same files from another folder."
+    "Markdown with relative links that lead to the same files from another folder, or to copies."
     def turned(found) -> str:
         image, label, target = found.groups()
         path, mark, anchor = target.partition('#')
-        if re.match(r'[a-zA-Z][\w+.-]*:', target) or not path: return found[0]
+        if re.match(r'[a-zA-Z][\w+.-]*:', target) or not path or path in beside: return found[0]
         file = (old / unquote(path)).resolve()
         if not file.exists(): return label
         try:
@@ -139,6 +142,35 @@ def tidy_notebook(
         if cell.cell_type == 'code': cell.outputs = tidy_outputs(cell.outputs)
         if cell.cell_type == 'markdown': cell.source = relink(cell.source, source, path.parent)
     nbformat.write(nb, path)
+
+# %% ../../nbs/13_cli/02_notebooks.ipynb #5842f494
+def copy_notebook(
+    source: Path,     # a run notebook
+    target: Path,     # the copy
+):
+    "Copy a run notebook, so that its links work from where the copy is."
+    import nbformat
+    nb = nbformat.read(source, 4)
+    beside = [path.name for path in source.parent.glob('*.ipynb')]
+    for cell in nb.cells:
+        if cell.cell_type == 'markdown':
+            cell.source = relink(cell.source, source.parent, target.parent, beside)
+    nbformat.write(nb, target)
+
+def copy_notebooks(
+    folder: Path,         # to copy into; what is there already is left alone
+) -> dict[Path, bool]:    # path of each copy -> whether it was made now
+    "Copy the run notebooks and what they read."
+    originals, made = notebook_folder(), {}
+    folder.mkdir(parents=True, exist_ok=True)
+    for source in sorted(originals.glob('*.ipynb')):
+        target = folder / source.name
+        made[target] = not target.exists()
+        if made[target]: copy_notebook(source, target)
+    results = originals / 'results'
+    if results.is_dir() and not (folder / 'results').exists():
+        shutil.copytree(results, folder / 'results')
+    return made
 
 # %% ../../nbs/13_cli/02_notebooks.ipynb #c009
 def run_notebook(

@@ -22,6 +22,7 @@ from ..core.errors import BadInput
 from ..core.settings import SECRETS, Settings
 from ..models.lm import LM, load_config, model_file, merge_adapters, model_path
 from ..monitor.run_log import read_log
+from ..training.checkpoints import share_permissions
 
 # %% ../../nbs/11_tools/04_export_hf.ipynb #c006
 @dataclass(frozen=True)
@@ -302,6 +303,7 @@ def write_student(
     lm.model.save_pretrained(part)
     lm.codec.tok.save_pretrained(part)
     (part / 'README.md').write_text(text, encoding='utf-8')
+    share_permissions(part)
     os.replace(part, folder)
     return folder
 

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['log', 'LOCKS', 'LEFTOVERS', 'COUNTERS', 'FIXED_SETTINGS', 'open_folder', 'lock_folder', 'unlock_folder',
-           'remove_leftovers', 'agree_on_folder', 'remove_unused', 'move_into_place', 'Monitored', 'counters',
-           'set_counters', 'save_student', 'checkpoints', 'newest_checkpoint', 'check_unchanged', 'check_resumable',
-           'resume_run', 'load_checkpoint', 'restore_weights', 'load_optimizers', 'resume_command', 'StopRequest',
-           'stop_if_asked', 'lost_steps', 'save_merged']
+           'remove_leftovers', 'agree_on_folder', 'remove_unused', 'move_into_place', 'share_permissions', 'Monitored',
+           'counters', 'set_counters', 'save_student', 'checkpoints', 'newest_checkpoint', 'check_unchanged',
+           'check_resumable', 'resume_run', 'load_checkpoint', 'restore_weights', 'load_optimizers', 'resume_command',
+           'StopRequest', 'stop_if_asked', 'lost_steps', 'save_merged']
 
 # %% ../../nbs/09_training/06_checkpoints.ipynb #h003
 import json
@@ -129,6 +129,15 @@ def move_into_place(
     os.replace(part, place)
     shutil.rmtree(old, ignore_errors=True)
 
+# %% ../../nbs/09_training/06_checkpoints.ipynb #8609862d
+def share_permissions(
+    folder: Path,
+):
+    "Make every file of a folder as readable as the most readable one; safetensors writes for one user."
+    files = [p for p in folder.rglob('*') if p.is_file()]
+    usual = max((p.stat().st_mode & 0o666 for p in files), default=0)
+    for path in files: path.chmod(usual)
+
 # %% ../../nbs/09_training/06_checkpoints.ipynb #w005
 class Monitored(NamedTuple):
     "The metric by which the best student is chosen."
@@ -182,7 +191,9 @@ def save_student(
             with explain_write_errors(folder):
                 run.student.model.save_pretrained(part, state_dict=weights)
                 run.student.codec.tok.save_pretrained(part)
+                (part / 'README.md').unlink(missing_ok=True)  # of peft, with a path of this machine
                 if state: torch.save(state | counters(run), part / 'run.pt')
+                share_permissions(part)
                 move_into_place(part, folder)
         finally:
             shutil.rmtree(part, ignore_errors=True)

@@ -62,6 +62,18 @@ def test_the_resolved_loss_is_kept(prompts, tmp_path, capsys):
     assert str(tmp_path) not in card
 
 
+def test_students_are_for_all_who_may_read_and_name_no_folder(prompts, tmp_path, capsys):
+    "Adapters on a student in a folder of this machine: neither what the run saves nor what is exported says where that is, but to the loader."
+    import shutil
+    from opd_nb.models.files import tiny_folder
+    shutil.copytree(tiny_folder('student'), tmp_path / 'mine')
+    assert opd(capsys, 'train', *PAIR, '--student', tmp_path / 'mine', '--lora', '--data', tmp_path / prompts, '--max-steps', 1, '--output-dir', tmp_path / 'run')[0] == 0
+    for words in ([], ['--merge']): assert opd(capsys, 'export', 'run', '--out', f'out{len(words)}', *words)[0] == 0
+    written = [p for name in ('run/final', 'run/best', 'out0', 'out1') for p in (tmp_path / name).iterdir()]
+    assert not [p for p in written if str(tmp_path).encode() in p.read_bytes() and p.name != 'adapter_config.json']
+    assert len({p.stat().st_mode for p in written}) == 1
+
+
 def test_no_teacher_is_an_error_that_names_them(prompts, capsys):
     for command in ('train', 'doctor', 'step'):
         status, out, err = opd(capsys, command, '--student', 'tiny:', '--data', prompts, '--device', 'cpu')
