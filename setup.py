@@ -14,13 +14,14 @@ extras['dev'] = cfg['dev_requirements'].split()
 
 
 class WithNotebooks(build_py):
-    "The run notebooks live in nbs/runs; a wheel carries them as opd_nb/run_notebooks, and the tested versions beside them."
+    "The run notebooks live in nbs/runs; a wheel carries them and what they read as opd_nb/run_notebooks, and the tested versions beside them."
     def run(self):
         super().run()
         target = Path(self.build_lib) / 'opd_nb' / 'run_notebooks'
         for nb in sorted((Path(__file__).parent / 'nbs' / 'runs').glob('*.ipynb')):
             target.mkdir(parents=True, exist_ok=True)
             shutil.copy(nb, target)
+        shutil.copytree(Path(__file__).parent / 'nbs' / 'runs' / 'results', target / 'results', dirs_exist_ok=True)
         shutil.copy(Path(__file__).parent / 'constraints.txt', target.parent)
 
 

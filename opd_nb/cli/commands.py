@@ -6,12 +6,13 @@
 __all__ = ['COMMANDS', 'command', 'summary', 'example', 'usage', 'read_settings', 'settings_and_flags']
 
 # %% ../../nbs/13_cli/01_commands.ipynb #h003
-import argparse
-from collections.abc import Callable
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 from ..core.registry import Registry
-from ..core.flags import run_flags
-from ..core.config import OPDConfig
+
+if TYPE_CHECKING: from opd_nb.core.config import OPDConfig
 
 # %% ../../nbs/13_cli/01_commands.ipynb #c006
 COMMANDS = Registry('command')
@@ -50,24 +51,29 @@ def usage() -> str:
         'for example:',
         *(f'  {example(name)}' for name in COMMANDS if example(name)),
         '',
-        'opd COMMAND --help lists its settings.'])
+        'opd COMMAND --help lists its settings; opd --version says which opd this is.'])
 
 # %% ../../nbs/13_cli/01_commands.ipynb #c011
 def read_settings(
     argv: list[str],   # words after the subcommand
     prog: str,         # for the help text, such as 'opd train'
-) -> OPDConfig:
+) -> 'OPDConfig':
     "The settings that a command line means."
     return settings_and_flags(argv, prog)[0]
 
 def settings_and_flags(
     argv: list[str],   # words after the subcommand
     prog: str,         # such as 'opd step'
-    **more: str,       # further flags of this command, with their help
-) -> tuple[OPDConfig, argparse.Namespace]:  # the namespace has the further flags
+    switches: Mapping[str, str] = {},  # further flags without a value, with their help
+    **more: str,       # further flags with a text, with their help
+) -> tuple['OPDConfig', Namespace]:  # the namespace has the further flags
     "Settings of a run, beside flags that are not settings."
+    from opd_nb.core.config import OPDConfig
+    from opd_nb.core.flags import run_flags
     flags = run_flags(prog, summary(prog.rpartition(' ')[2]))
     for name, about in more.items():
         flags.add_argument('--' + name.replace('_', '-'), metavar='TEXT', help=about)
+    for name, about in switches.items():
+        flags.add_argument('--' + name.replace('_', '-'), action='store_true', help=about)
     given = flags.parse_args(argv)
     return OPDConfig(_cli=flags), given

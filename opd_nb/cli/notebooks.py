@@ -4,14 +4,17 @@
 
 # %% auto #0
 __all__ = ['BAR', 'notebook_folder', 'sections', 'announcing_engine', 'without_bars', 'tidy_outputs', 'relink', 'tidy_notebook',
-           'run_notebook', 'parse_literal', 'parse_parameter', 'processor', 'run_facts', 'settings_html']
+           'copy_notebook', 'copy_notebooks', 'run_notebook', 'parse_literal', 'parse_parameter', 'demo_plan',
+           'quickstart_parameters', 'demo_parameters', 'processor', 'run_facts', 'settings_html']
 
 # %% ../../nbs/13_cli/02_notebooks.ipynb #c003
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Collection
 from datetime import datetime, timezone
 from functools import cache
 from importlib.metadata import version
@@ -19,6 +22,7 @@ from pathlib import Path
 from urllib.parse import quote, unquote
 
 from ..core.errors import BadInput
+from .commands import summary
 
 # %% ../../nbs/13_cli/02_notebooks.ipynb #c006
 def notebook_folder() -> Path:
@@ -106,12 +110,13 @@ def relink(
     text: str,     # markdown of a notebook in `old`
     old: Path,     # folder
     new: Path,     # folder of the copy
+    beside: Collection[str] = (),  # names of files that are copied too
 ) -> str:
-    "Markdown with relative links that lead to the same files from another folder."
+    "Markdown with relative links that lead to the same files from another folder, or to copies."
     def turned(found) -> str:
         image, label, target = found.groups()
         path, mark, anchor = target.partition('#')
-        if re.match(r'[a-zA-Z][\w+.-]*:', target) or not path: return found[0]
+        if re.match(r'[a-zA-Z][\w+.-]*:', target) or not path or path in beside: return found[0]
         file = (old / unquote(path)).resolve()
         if not file.exists(): return label
         try:
@@ -137,6 +142,35 @@ def tidy_notebook(
         if cell.cell_type == 'code': cell.outputs = tidy_outputs(cell.outputs)
         if cell.cell_type == 'markdown': cell.source = relink(cell.source, source, path.parent)
     nbformat.write(nb, path)
+
+# %% ../../nbs/13_cli/02_notebooks.ipynb #5842f494
+def copy_notebook(
+    source: Path,     # a run notebook
+    target: Path,     # the copy
+):
+    "Copy a run notebook, so that its links work from where the copy is."
+    import nbformat
+    nb = nbformat.read(source, 4)
+    beside = [path.name for path in source.parent.glob('*.ipynb')]
+    for cell in nb.cells:
+        if cell.cell_type == 'markdown':
+            cell.source = relink(cell.source, source.parent, target.parent, beside)
+    nbformat.write(nb, target)
+
+def copy_notebooks(
+    folder: Path,         # to copy into; what is there already is left alone
+) -> dict[Path, bool]:    # path of each copy -> whether it was made now
+    "Copy the run notebooks and what they read."
+    originals, made = notebook_folder(), {}
+    folder.mkdir(parents=True, exist_ok=True)
+    for source in sorted(originals.glob('*.ipynb')):
+        target = folder / source.name
+        made[target] = not target.exists()
+        if made[target]: copy_notebook(source, target)
+    results = originals / 'results'
+    if results.is_dir() and not (folder / 'results').exists():
+        shutil.copytree(results, folder / 'results')
+    return made
 
 # %% ../../nbs/13_cli/02_notebooks.ipynb #c009
 def run_notebook(
@@ -187,6 +221,53 @@ def parse_parameter(
     try: return TypeAdapter(bool).validate_python(text)
     except ValueError:
         raise BadInput(name, text, 'must be true or false', f'The default is {default}.') from None
+
+# %% ../../nbs/13_cli/02_notebooks.ipynb #n000
+def demo_plan(
+    given: dict[str, object],     # parameters from the command line
+    found: dict[str, dict],     # of the notebook, as papermill finds them
+    folder: Path,    # where everything goes
+) -> str:
+    "What the demonstration is about to do, and how long that takes."
+    asked = {name: str(given.get(name, p['default'])) for name, p in found.items()}
+    steps, puzzles, extra = asked['max_steps'], asked['n_eval'], asked['control_steps']
+    lines = [
+        'A small student learns from a larger teacher that cuts text in another way.',
+        f'It is asked {puzzles} puzzles, trained for {steps} steps, and asked them again.',
+        'Both models are in the package: nothing is downloaded.',
+    ]
+    if asked['control'] == 'True' and extra != '0':
+        lines.append(f'Then comes a control: {extra} steps with the scores of other puzzles. '
+                     'They must not help.')
+    lines += [
+        'With the defaults it takes about 3 minutes on two quiet cores, and more on busy ones.',
+        f'Everything goes to {folder}',
+    ]
+    if (asked['student'], asked['teacher']) != ("'tiny:student'", "'tiny:teacher'"):
+        lines.remove('Both models are in the package: nothing is downloaded.')
+    return '\n'.join(lines)
+
+# %% ../../nbs/13_cli/02_notebooks.ipynb #b1f1d01e
+def quickstart_parameters() -> dict[str, dict]:
+    "Parameters of the quickstart notebook, as papermill finds them."
+    import papermill
+    return papermill.inspect_notebook(str(notebook_folder() / 'quickstart.ipynb'))
+
+
+def demo_parameters(
+    argv: list[str],    # words after `opd demo`
+) -> dict[str, object]: # parameter -> value, of those that were given
+    "Parameters of the quickstart notebook, from flags."
+    from opd_nb.core.flags import Flags
+    parameters = quickstart_parameters()
+    flags = Flags('opd demo', summary('demo'),
+                  usage='opd demo [parameters of the notebook quickstart]')
+    for p in parameters.values():
+        about = f"{(p['help'] or '').strip()} [default {p['default']}]".replace('%', '%%')
+        flags.add_argument('--' + p['name'].replace('_', '-'), metavar='VALUE', help=about)
+    given = vars(flags.parse_args(argv))
+    return {name: parse_parameter(name, text, parameters[name]['default'])
+            for name, text in given.items() if text is not None}
 
 # %% ../../nbs/13_cli/02_notebooks.ipynb #n021
 def processor() -> str:

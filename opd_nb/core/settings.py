@@ -85,8 +85,9 @@ class StudentSettings(BaseModel):
 class TeacherSettings(BaseModel):
     "Who teaches, how it is loaded or asked, and what that may cost."
     teacher: str = setting('Qwen/Qwen2.5-7B-Instruct',
-        'Teacher: hf: and a Hub id or folder, gguf:FILE, openrouter:MODEL, api:URL#MODEL, or tiny: '
-        'for the embedded one; several by comma, each with @weight.', min_length=1)
+        'Teacher, which opd train wants named: hf: and a Hub id or folder, gguf:FILE, '
+        'openrouter:MODEL, api:URL#MODEL, or tiny: for the embedded one; several by comma, each '
+        'with @weight.', min_length=1)
     teacher_dtype: TeacherDtype = setting('auto',
         'Number format of the teacher; auto is bfloat16 on a GPU and float32 elsewhere.')
     teacher_attention: Attention = setting('auto',
@@ -152,6 +153,8 @@ class DataSettings(BaseModel):
         'Of records with several turns: write the last answer, or each in turn.')
     val_fraction: float = setting(.1,
         'Share of the prompts held out for validation.', 'share', ge=0, lt=1)
+    eval_data: str | None = setting(None,
+        'File with the prompts to validate on, as for data; a share of the data, if not set.')
     val_max_samples: int = setting(200, 'Most prompts used in one validation.', 'prompts', ge=1)
 
 # %% ../../nbs/01_core/04_settings.ipynb #c018
@@ -212,6 +215,8 @@ class LossSettings(BaseModel):
 class OptimizerSettings(BaseModel):
     "How the weights are updated."
     max_steps: int = setting(300, 'Optimizer steps.', 'steps', ge=1)
+    epochs: float | None = setting(None,
+        'How often to go through the prompts, instead of max_steps.', 'times', gt=0)
     batch: int = setting(16, 'Prompts per optimizer step.', 'prompts', ge=1)
     micro_batch: int = setting(64,
         'Rollouts that the models read at a time; lower it to save memory.', 'rollouts', ge=1)
@@ -237,8 +242,9 @@ class OptimizerSettings(BaseModel):
 # %% ../../nbs/01_core/04_settings.ipynb #c024
 class RunSettings(BaseModel):
     "Where a run is kept, and when it validates, saves and stops."
-    output_dir: Path = setting(Path('runs/opd'),
-        'Folder of the run: config, log, checkpoints, best and final student.')
+    output_dir: Path | None = setting(None,
+        'Folder of the run: config, log, checkpoints, best and final student; a new one, '
+        'runs/DATE-STUDENT-LOSS, if not set.')
     eval_every: int = setting(50, 'Steps between validations.', 'steps', ge=1)
     patience: int | None = setting(3,
         'Validations without improvement before stopping early; 0 never stops.',
@@ -253,7 +259,9 @@ class RunSettings(BaseModel):
     keep_last: int = setting(2,
         'Checkpoints kept, the newest; best and final are kept beside them.', 'checkpoints', ge=1)
     track: str | None = setting(None, 'Trackers by comma: tensorboard, wandb, trackio.')
-    resume: bool = setting(False, 'Go on from the newest checkpoint in output_dir.')
+    resume: bool = setting(False,
+        'Go on from the newest checkpoint in output_dir; without one, in the newest folder of '
+        'runs/ with these settings.')
     seed: int = setting(0, 'Seed of everything random.', 'number', ge=0, le=10**9)
     device: str = setting('auto',
         'cpu, cuda, cuda:1, mps; auto takes what accelerate finds.', min_length=1)

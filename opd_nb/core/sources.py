@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['log', 'ENV_KEYS', 'OTHERS_KEYS', 'SPEC_KEYS', 'OUR_KEYS', 'MAX_ALIASES', 'MAX_BRACKETS', 'backend_specs',
-           'names_backend', 'teacher_spec', 'read_keys', 'unknown_variables', 'warn_once', 'read_env', 'read_yaml',
-           'read_file', 'preset_folder', 'presets', 'read_preset', 'explain']
+           'names_backend', 'teacher_spec', 'edit_distance', 'is_near_miss', 'read_keys', 'unknown_variables',
+           'warn_once', 'read_env', 'read_yaml', 'read_file', 'preset_folder', 'presets', 'read_preset', 'explain']
 
 # %% ../../nbs/01_core/05_sources.ipynb #h003
 import logging
@@ -26,6 +26,7 @@ log = logging.getLogger('opd_nb')
 ENV_KEYS = dict(
     STUDENT_MODEL_ID='student', STUDENT_MODEL_PATH='student', TEACHER_MODEL_ID='teacher',
     DATA_PATH='data', HF_TOKEN='hf_token', HUGGINGFACE_HUB_TOKEN='hf_token',
+    HUGGING_FACE_HUB_TOKEN='hf_token',
     TEACHER_FLASH_ATTENTION='teacher_attention', MAX_NEW_TOKENS='max_new_tokens',
     KD_MAX_NEW_TOKENS='max_new_tokens', LAMBDA='lam', KD_GRAD_CLIP='grad_clip', KD_LORA='lora',
     KD_LORA_R='lora_r', KD_LORA_ALPHA='lora_alpha', KD_LORA_DROPOUT='lora_dropout',
@@ -88,26 +89,49 @@ def teacher_spec(
                        f'Set TEACHER_{missing}.')
     return specs[backend].rstrip('#')
 
+# %% ../../nbs/01_core/05_sources.ipynb #37988657
+# with our prefix, and not settings
+OUR_KEYS = ('OPD_CACHE', 'OPD_REAL_DATA', 'OPD_RENEW', 'OPD_SLOW', 'OPD_VLLM_PYTHON')
+
+def edit_distance(
+    a: str,
+    b: str,
+) -> int:
+    "How many characters must be added, removed or replaced to make one text of the other."
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        before, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (x != y))
+    return row[-1]
+
+def is_near_miss(
+    key: str,               # of a `.env` file
+    known: Iterable[str],   # our keys
+) -> bool:
+    "Whether a key was probably meant for us, and is not one of ours."
+    name = key.upper()
+    if name in {*known, *OTHERS_KEYS, *OUR_KEYS}: return False
+    if name.startswith('OPD_'): return True
+    return any(edit_distance(name, ours) <= (2 if len(ours) > 6 else 1) for ours in known)
+
 # %% ../../nbs/01_core/05_sources.ipynb #c013
 def read_keys(
     keys: Mapping[str, str | None], # names and values, as in a `.env` file or `os.environ`
     fields: Iterable[str],          # names of the settings that exist
-    strict: bool,                   # raise on a name that no setting has
+    strict: bool,                   # raise on a name that is nearly that of a setting
     place: str,                     # where the keys come from, for the message
 ) -> dict[str, str]:                # setting -> text
     "Settings among `keys`, by their own names (`OPD_MAX_STEPS`) or those in `ENV_KEYS`."
     known = ENV_KEYS | {f'OPD_{field.upper()}': field for field in fields}
     if strict:
         for key in keys:
-            if key.upper() not in {*known, *SPEC_KEYS, *OTHERS_KEYS}:
-                raise unknown(f'key in {place}', key, {**known, **SPEC_KEYS})
+            if is_near_miss(key, {**known, **SPEC_KEYS}):
+                raise unknown(f'key in {place}', key.upper(), {**known, **SPEC_KEYS})
     values = {key.upper(): value for key, value in keys.items() if value}
     return {field: values[key] for key, field in known.items() if key in values}
 
 # %% ../../nbs/01_core/05_sources.ipynb #k003
-# with our prefix, and not settings
-OUR_KEYS = ('OPD_CACHE', 'OPD_REAL_DATA', 'OPD_RENEW', 'OPD_SLOW', 'OPD_VLLM_PYTHON')
-
 def unknown_variables(
     names: Iterable[str],   # of environment variables
     fields: Iterable[str],  # names of the settings that exist
@@ -163,7 +187,7 @@ def read_file(
     path = Path(path)
     if not path.is_file():
         raise BadInput('config', str(path), 'must be a file',
-                       'Every run folder has one: try --config runs/opd/config.yaml.')
+                       'Every run folder has one: try --config runs/laptop/config.yaml.')
     try: found = read_yaml(path)
     except (ValueError, OSError) as e:
         raise BadInput('config', str(path), f'must be YAML, but {e}',
@@ -172,8 +196,9 @@ def read_file(
         raise BadInput('config', str(path), 'must hold settings',
                        'Write one `setting: value` a line.')
     for name in found:
-        if name not in (*Settings.model_fields, 'about'):
+        if name not in (*Settings.model_fields, 'about', 'record'):
             raise unknown(f'setting in {path.name}', name, Settings.model_fields)
+    found.pop('record', None)  # what became of the settings in a run
     return found
 
 # %% ../../nbs/01_core/05_sources.ipynb #c019

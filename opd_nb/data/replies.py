@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..core.errors import BadInput
 from .plan import MessageRequest
-from ..hosted.store import ReplyStore, StoredReply, packed, unusable_remedy
+from ..hosted.store import ReplyStore, StoredReply, unusable_remedy
 from ..hosted.client import MAX_COUNT
 
 # %% ../../nbs/07_data/04_replies.ipynb #c005a

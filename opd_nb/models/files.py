@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['log', 'HUB_TIMEOUT', 'COMPUTED', 'OTHER_PARTS', 'tiny_folder', 'use_cache_without_hub', 'looks_local', 'model_folder',
            'split_scheme', 'model_path', 'model_file', 'adapter_base', 'tokenizer_path', 'Source', 'first_line',
-           'explain_load_errors', 'load_config', 'count_and_names', 'check_whole', 'WithoutReport',
-           'check_loading_info', 'without_report', 'load_whole', 'base_model', 'check_adapter_config',
-           'load_adapter_weights', 'saved_embedding_rows', 'resize_for_adapters', 'load_adapters', 'check_tokens']
+           'is_downloaded', 'download_bytes', 'announce_download', 'explain_load_errors', 'load_config',
+           'count_and_names', 'check_whole', 'WithoutReport', 'check_loading_info', 'without_report', 'load_whole',
+           'base_model', 'check_adapter_config', 'load_adapter_weights', 'saved_embedding_rows', 'resize_for_adapters',
+           'load_adapters', 'check_tokens']
 
 # %% ../../nbs/03_models/01_files.ipynb #f003
 import json
@@ -27,6 +28,7 @@ from ..core.errors import BadInput, unknown, printable
 from ..core.files import CHECKSUMS, damaged_files, expanded
 
 warnings.filterwarnings('ignore', message='IProgress not found')  # plain progress bars will do
+warnings.filterwarnings('ignore', message='`is_gradient_checkpointing`', category=FutureWarning)  # peft
 
 log = logging.getLogger('opd_nb')
 
@@ -62,8 +64,9 @@ def looks_local(
     path: str,   # of a spec, without its scheme
 ) -> bool:
     "Whether this is a folder rather than a Hub id."
-    if path.startswith(('.', '/', '~')) or '\\' in path: return True
-    return path.count('/') != 1 or expanded(path).exists()
+    if path.startswith(('.', '/', '~')) or path.endswith('/') or '\\' in path: return True
+    if path.count('/') != 1: return True
+    return expanded(path).parent.is_dir()  # somebody means a folder beside those
 
 def model_folder(
     path: str,   # of a folder
@@ -196,6 +199,41 @@ def first_line(
     "The beginning of an error's message, without what does not print."
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return printable(lines[0], max_chars)
+
+
+def is_downloaded(
+    source: Source,
+) -> bool:
+    "Whether a model is a folder, or its weights are in the cache of the Hub."
+    from huggingface_hub import try_to_load_from_cache
+    if Path(source.path).is_dir(): return True
+    weights = ('model.safetensors', 'model.safetensors.index.json', 'pytorch_model.bin',
+               'pytorch_model.bin.index.json', 'adapter_model.safetensors')
+    return any(isinstance(try_to_load_from_cache(source.path, name, revision=source.revision), str)
+               for name in weights)
+
+
+def download_bytes(
+    source: Source,      # a model on the Hub
+) -> int | None:         # None if the Hub does not say
+    "How much a download of the weights would be."
+    from huggingface_hub import HfApi
+    try: info = HfApi(token=source.token).model_info(source.path, revision=source.revision,
+                                                     files_metadata=True, timeout=10)
+    except Exception: return None  # whatever it is, the download itself says it better
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
+    kinds = [[n for name, n in sizes.items() if name.endswith(end)] for end in ('.safetensors', '.bin')]
+    return sum(next(filter(None, kinds), [])) or None
+
+
+def announce_download(
+    source: Source,
+):
+    "Log that a model is about to be downloaded, and how large it is."
+    from huggingface_hub import constants
+    if constants.HF_HUB_OFFLINE or is_downloaded(source): return
+    n = download_bytes(source)
+    log.info('%s is downloaded: %s', source.path, f'{n / 1e9:.1f} GB' if n else 'size unknown')
 
 # %% ../../nbs/03_models/01_files.ipynb #l002
 @contextmanager

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IMPOSSIBLE', 'entropy_of', 'mean_advantage', 'compare_distributions', 'staleness', 'agreement_metrics',
-           'text_metrics']
+           'text_metrics', 'is_broken', 'sample_faults']
 
 # %% ../../nbs/08_monitor/01_metrics.ipynb #c003
 from collections import Counter
@@ -134,3 +134,24 @@ def text_metrics(
         stop_rate=sum(r.stopped for r in rollouts) / n,
         repetition=sum(1 - _share_distinct(_token_ngrams(r.ids, 4)) for r in rollouts) / n,
         distinct=_share_distinct(pairs))
+
+# %% ../../nbs/08_monitor/01_metrics.ipynb #smp00002
+def is_broken(
+    rollout: Rollout,
+) -> bool:
+    "Whether a completion holds bytes that are no text, or characters that do not print."
+    text = rollout.text if rollout.stopped else rollout.text.rstrip('\ufffd')  # cut in a character
+    return any(c == '\ufffd' or not (c.isprintable() or c.isspace()) for c in text)
+
+
+def sample_faults(
+    rollouts: list[Rollout],
+) -> dict[str, int]:   # name of a fault -> how many have it, of those worth a word
+    "What is wrong with completions, as far as it can be seen without reading them."
+    if not rollouts: return {}
+    most = Counter(r.text for r in rollouts).most_common(1)[0][1]
+    found = {'byte garbage': (sum(map(is_broken, rollouts)), 0),
+             'nothing written': (sum(not r.text.strip() for r in rollouts), .1),
+             'never ended': (sum(not r.stopped for r in rollouts), .9),
+             'one and the same text': (most, .5 if len(rollouts) > 2 else 1)}
+    return {name: n for name, (n, share) in found.items() if n > share * len(rollouts)}

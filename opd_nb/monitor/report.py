@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'GUIDE', 'PHASES', 'PHASE_COLORS', 'SHORT', 'HEADLINES', 'WHAT_IS', 'CHECKPOINT', 'BODY', 'save_samples',
-           'read_samples', 'early_and_late', 'first_and_last', 'time_by_phase', 'plot_time', 'last_values',
+           'read_samples', 'early_and_late', 'first_and_last', 'time_by_phase', 'time_text', 'plot_time', 'last_values',
            'left_out_of', 'end_of_run', 'outcome', 'warnings_of', 'list_files', 'run_report']
 
 # %% ../../nbs/08_monitor/06_report.ipynb #c003
@@ -134,6 +134,15 @@ def time_by_phase(
                 seconds[name] += metric_of(event, k)
     rest = sum(metric_of(e, 'seconds', 0) for e in steps) - sum(seconds.values())
     return dict(seconds) | ({'everything else': rest} if seconds and rest > 0 else {})
+
+# %% ../../nbs/08_monitor/06_report.ipynb #e2b7c84c
+def time_text(
+    events: list[dict],  # of a run
+) -> str:                # '' if there was no step
+    "Where the seconds of the steps went, in a line."
+    phases = time_by_phase(events)
+    total = sum(phases.values())
+    return ', '.join(f'{name} {s:.0f} s ({s / total:.0%})' for name, s in phases.items()) if total else ''
 
 # %% ../../nbs/08_monitor/06_report.ipynb #c018
 PHASE_COLORS = ('#2b6cb0', '#2f855a', '#c05621', '#a0aec0', '#718096', '#b7791f')
@@ -283,6 +292,10 @@ prompts; a dotted line is a warning.</p>
 <h2>Settings</h2>
 <p>{{ problem }}</p>
 {% endif %}
+{% if record %}
+<h2>What was run</h2>
+{{ table(record) }}
+{% endif %}
 {% if settings %}
 <h2>Settings</h2>
 <p>Those that are not the default:</p>
@@ -305,6 +318,11 @@ def _safe_picture(fig):
 
 def _setting_rows(settings):
     return [dict(setting=_setting_text(k), value=_setting_text(v)) for k, v in settings.items()]
+
+def _record_rows(record):
+    "What became of the settings: the models, the loss as resolved."
+    if not isinstance(record, dict): return []
+    return [{'what': _setting_text(k), 'as resolved': _setting_text(v)} for k, v in record.items()]
 
 def _is_changed(name, value):
     "Whether a setting is not the default, or none that this version knows."
@@ -352,7 +370,8 @@ def run_report(
         raise BadInput('run', str(folder), 'must be the folder of a run, with log.jsonl in it',
                        'Name the output_dir of a training, such as runs/opd.')
     events, read = read_log(folder), _read_settings(folder)
-    settings, name = read.values, folder.resolve().name.encode(errors='replace').decode()
+    settings = {k: v for k, v in read.values.items() if k != 'record'}
+    name = folder.resolve().name.encode(errors='replace').decode()
     warnings, phases = warnings_of(events, read.config), time_by_phase(events)
     changed = {k: v for k, v in settings.items() if _is_changed(k, v)}
     env = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -364,6 +383,7 @@ def run_report(
         samples=early_and_late(read_samples(folder)),
         time=_safe_picture(plot_time(phases)) if phases else '',
         folder=name,
+        record=_record_rows(read.values.get('record')),
         problem=read.problem,
         files=list_files(folder),
         changed=_setting_rows(changed),

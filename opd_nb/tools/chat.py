@@ -109,17 +109,21 @@ def chat_side_by_side(
 def answer_or_error(
     model: ChatModel,
     text: str,     # what was typed
+    check: Callable[[str, str], str] | None = None, # (question, answer) -> a word on it, or ''
     **sampling,    # see `ChatModel.answer`
 ) -> str:
-    "The answer, or why there is none."
-    try: return model.answer(text, **sampling)
+    "The answer, and whether it is right where that can be said; or why there is no answer."
+    try: answer = model.answer(text, **sampling)
     except BadInput as e: return str(e)
+    verdict = check(text, answer) if check else ''
+    return f'{answer}\n({verdict})' if verdict else answer
 
 # %% ../../nbs/11_tools/06_chat.ipynb #c015
 def converse(
     models: dict[str, ChatModel],           # heading -> model
     lines: Iterable[str],                   # what is typed
     show: Callable[[str], object] = print,  # what is done with the answers
+    check: Callable[[str, str], str] | None = None, # see `answer_or_error`
     **sampling,                             # see `ChatModel.answer`
 ):
     "Put every line to every model."
@@ -129,6 +133,6 @@ def converse(
         if text == '/new':
             for model in models.values(): model.messages = []
         elif text:
-            answers = {name: answer_or_error(model, text, **sampling)
+            answers = {name: answer_or_error(model, text, check, **sampling)
                        for name, model in models.items()}
             show(chat_side_by_side(answers) + '\n')

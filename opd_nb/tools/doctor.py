@@ -22,7 +22,7 @@ import torch
 
 from ..core.errors import BadInput
 from ..core.types import Conversation
-from ..core.config import OPDConfig
+from ..core.config import OPDConfig, require_teacher
 from ..alignment.chat import ChatCodec
 from ..alignment.vocab import VocabMap, similarity
 from ..models.lm import LM, pick_device
@@ -33,7 +33,7 @@ from ..data.formats import load_conversations
 from ..training.batch import loss_for
 from ..training.methods import FROM_REFERENCES, get_method
 from ..training.grpo import REWARDS
-from ..training.setup import load_student
+from ..training.setup import load_student, with_steps
 from .machine import (Line, device_line, disk_line, folder_line, package_lines,
                                   python_line)
 from .inspect_step import Pair, RolloutCost, choose_prompt, is_hosted, load_pair, probe
@@ -275,7 +275,7 @@ def probe_lines(
     "What a run will take, and how far apart the two models are."
     c, p = pair.config, probe(pair, prompts)
     asking = reply_seconds / c.teacher_concurrency if is_hosted(pair.teacher) else 0.
-    validations = c.max_steps // c.eval_every
+    validations = 1 + c.max_steps // c.eval_every
     validated = validations * min(c.val_max_samples, round(len(prompts) * c.val_fraction))
     lines = [time_line(c, p, asking, validated), tokens_line(c, p), dollars_line(c, p, validated)]
     if 'overlap' in p.metrics: lines.append(overlap_line(p.metrics))
@@ -356,13 +356,11 @@ def examine(
     config: OPDConfig,  # settings of the run to come
 ) -> Iterator[Line]:
     "Examine a run before it begins: the machine, the teacher, and the student if one is set."
-    if 'teacher' not in config.model_fields_set:
-        raise BadInput('teacher', None, 'must be set to be looked at',
-                       'Use --preset NAME, or --teacher tiny:, hf:ID, gguf:FILE, api:URL#MODEL '
-                       'or openrouter:MODEL.')
+    require_teacher(config)
     with_student, device = 'student' in config.model_fields_set, device_line(config)
     yield from (python_line(), *package_lines(config), device)
     prompts = (yield from check_data(config)) if with_student else []
+    config = with_steps(config, round(len(prompts) * (1 - config.val_fraction)))
     if device.level == 'stop': return
     if with_student and not (yield from check_memory(config, prompts)): return
     teacher, reply_seconds = yield from check_teacher(config)

@@ -18,7 +18,7 @@ import torch
 
 from ..core.errors import BadInput
 from ..core.types import Conversation, ScoreSignal, Rollout, Signal, TextSignal
-from ..core.config import OPDConfig
+from ..core.config import OPDConfig, require_teacher
 from ..alignment.chat import ChatCodec
 from ..alignment.chunks import Alignment, align, plot_alignment
 from ..alignment.vocab import VocabMap
@@ -51,6 +51,7 @@ def load_pair(
     student: LM | None = None, # one that is loaded already
 ) -> Pair:
     "Load what a step needs."
+    if teacher is None: require_teacher(config)
     teacher = teacher or load_teacher(config.teacher, config)
     student = student or load_student(config)
     vocab = VocabMap.build(student.codec, teacher.codec) if teacher.codec else None

@@ -18,6 +18,7 @@ from pathlib import Path
 import opd_nb
 from ..core.errors import BadInput, printable
 from ..core.config import OPDConfig
+from ..core.folders import RUNS, find_folder
 from ..models.lm import pick_device
 from ..models.memory import available_memory, format_bytes
 
@@ -122,7 +123,7 @@ def folder_line(
     config: OPDConfig,   # `output_dir`, `resume`
 ) -> Line:
     "Whether a run may begin in its folder."
-    folder = config.output_dir
+    folder = config.output_dir or RUNS
     there = existing_parent(folder)
     problem = ''
     if not there.is_dir(): problem = f'{there.name} is a file'
@@ -130,9 +131,10 @@ def folder_line(
     if problem:
         return Line('stop', 'folder', f'output_dir = {str(folder)!r}: {problem}',
                     'Choose another with --output-dir.')
-    if (folder / 'log.jsonl').exists() and not config.resume:
-        return Line('stop', 'folder', f'output_dir = {str(folder)!r}: holds a run already',
-                    'Go on with it (--resume), choose another folder, or delete it.')
+    try: folder = find_folder(config).output_dir
+    except BadInput as e:
+        return Line('stop', 'folder', f'{e.field} = {e.value!r}: {e.allowed}', e.remedy)
+    if not folder: return Line('ok', 'folder', f'a new one in {RUNS}/')
     state = 'which is there' if folder.exists() else 'to be made'
     return Line('ok', 'folder', f'{folder}, {state}')
 
@@ -142,7 +144,7 @@ def disk_line(
     state: float,        # bytes of one optimizer's state
 ) -> Line:
     "Whether the disk has room for what a run keeps."
-    folder = config.output_dir.absolute()
+    folder = (config.output_dir or RUNS).absolute()
     disk = next(p for p in (folder, *folder.parents) if p.is_dir())
     free = shutil.disk_usage(disk).free
     students = config.keep_last + 3  # best, final, and one being written

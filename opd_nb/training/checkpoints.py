@@ -4,17 +4,21 @@
 
 # %% auto #0
 __all__ = ['log', 'LOCKS', 'FILES', 'LEFTOVERS', 'COUNTERS', 'STATE', 'FIXED_SETTINGS', 'open_folder', 'lock_folder',
-           'unlock_folder', 'remove_leftovers', 'data_hash', 'Monitored', 'counters', 'set_counters',
-           'earlier_settings', 'save_student', 'checkpoints', 'newest_checkpoint', 'load_state', 'problem_of',
-           'intact_checkpoint', 'check_unchanged', 'check_resumable', 'check_same_data', 'resume_run', 'write_log',
-           'save_records', 'load_checkpoint', 'restore_weights', 'load_optimizers', 'save_merged']
+           'unlock_folder', 'remove_leftovers', 'agree_on_folder', 'remove_unused', 'data_hash', 'Monitored',
+           'counters', 'set_counters', 'earlier_settings', 'save_student', 'checkpoints', 'newest_checkpoint',
+           'load_state', 'problem_of', 'intact_checkpoint', 'check_unchanged', 'check_resumable', 'check_same_data',
+           'resume_run', 'write_log', 'save_records', 'load_checkpoint', 'restore_weights', 'load_optimizers',
+           'resume_command', 'StopRequest', 'stop_if_asked', 'lost_steps', 'save_merged']
 
 # %% ../../nbs/09_training/06_checkpoints.ipynb #h003
 import hashlib
 import json
 import logging
 import re
+import shlex
 import shutil
+import signal
+import threading
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,8 +26,10 @@ import torch
 from filelock import FileLock, Timeout
 
 from ..core.config import OPDConfig
-from ..core.errors import BadInput
+from ..core.distributed import all_gather, all_or_none
+from ..core.errors import BadInput, Interrupted
 from ..core.files import damaged_files, move_into_place, write_checksums, write_whole
+from ..core.folders import check_run_folder, choose_folder
 from ..core.sources import read_yaml
 from ..core.types import Conversation
 from ..models.lm import LM, load_adapter_weights, merge_adapters
@@ -47,9 +53,7 @@ def open_folder(
         raise BadInput('output_dir', str(path),
                        f'must be a folder that can be written to ({e.strerror})',
                        'Choose another with --output-dir.') from None
-    if (path / 'log.jsonl').exists() and not resume:
-        raise BadInput('output_dir', str(path), 'holds a run already',
-                       'Go on with it (--resume), choose another folder, or delete it.')
+    check_run_folder(path, resume)
     lock_folder(path)
     remove_leftovers(path)
     return path
@@ -98,6 +102,23 @@ def remove_leftovers(
         if lost: left.rename(place)
         elif left.is_dir(): shutil.rmtree(left)
         else: left.unlink()
+
+# %% ../../nbs/09_training/06_checkpoints.ipynb #54e2f5f3
+def agree_on_folder(
+    config: OPDConfig,
+    state,               # of `process_state`
+) -> OPDConfig:          # with the same `output_dir` in every process
+    "The settings with the run's folder, chosen by the main process."
+    def choose(): return choose_folder(config).output_dir if state.is_main_process else None
+    folder = all_gather(state, [all_or_none(state, choose)])[0]
+    return config.model_copy(update=dict(output_dir=folder))
+
+
+def remove_unused(
+    folder: Path,    # that was made for a run
+):
+    "Remove a folder in which no run began."
+    if {p.name for p in folder.iterdir()} <= {'.lock'}: shutil.rmtree(folder)
 
 # %% ../../nbs/09_training/06_checkpoints.ipynb #d0372e1a
 def data_hash(
@@ -179,6 +200,7 @@ def save_student(
             with explain_write_errors(folder):
                 run.student.model.save_pretrained(part, state_dict=weights)
                 run.student.codec.tok.save_pretrained(part)
+                (part / 'README.md').unlink(missing_ok=True)  # of peft, with a path of this machine
                 if state: torch.save(state | counters(run), part / 'run.pt')
                 write_checksums(part)
                 move_into_place(part, folder)
@@ -371,6 +393,61 @@ def load_optimizers(
         for g, (lr, decay) in zip(optimizer.param_groups, groups):
             g.update(lr=g['lr'] * (lr / g['initial_lr']), initial_lr=lr, weight_decay=decay)
         scheduler.base_lrs = [lr for lr, _ in groups]
+
+# %% ../../nbs/09_training/06_checkpoints.ipynb #c8b2ce28
+def resume_command(
+    folder: Path,   # of a run
+) -> str:
+    "What to type to go on with a run."
+    return f'opd train --config {shlex.quote(str(folder / "config.yaml"))} --resume'
+
+
+class StopRequest:
+    "Takes Ctrl-C and SIGTERM as a request to stop after the step; a second one stops at once."
+    def __init__(self):
+        self.number = 0       # of the signal; 0 while nobody asked
+        self.before = {}      # signal -> who handled it
+
+    def __enter__(self):
+        if threading.current_thread() is not threading.main_thread(): return self
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                self.before[number] = signal.signal(number, self.ask)
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    def ask(self, number: int, _frame):
+        "Note the request."
+        if self.number: raise KeyboardInterrupt
+        self.number = number
+        os.write(2, b'\nThis step is finished and saved; once more stops at once.\n')
+
+
+def stop_if_asked(
+    run,                 # a `Run`, see `setup`
+    stop: StopRequest,   # of this process
+):
+    "Save the run and raise `Interrupted`, if any process was asked to stop."
+    number = max(all_gather(run.state, [stop.number]))
+    if not number: return
+    save_student(run, f'step-{run.step}')
+    raise Interrupted(f'interrupted; the run is saved at step {run.step}. It goes on with: '
+                      f'{resume_command(run.config.output_dir)}', 128 + number)
+
+
+def lost_steps(
+    folder: Path,    # of a run that was stopped at once
+) -> Interrupted:    # to be raised
+    "Say what is left of a run that could not be saved."
+    if newest := newest_checkpoint(folder):
+        message = f'interrupted; what came after {newest.name} is lost. It goes on from there with: '
+    elif (folder / 'log.jsonl').exists():
+        message = 'interrupted; no step was saved. It begins again with: '
+    else: return Interrupted('interrupted before the first step; nothing was saved')
+    return Interrupted(message + resume_command(folder))
 
 # %% ../../nbs/09_training/06_checkpoints.ipynb #c025
 def save_merged(

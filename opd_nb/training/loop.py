@@ -6,8 +6,8 @@
 __all__ = ['log', 'SAVES_MEMORY', 'T', 'VALIDATION_STEP', 'MAX_FAILED_STEPS', 'train_step', 'forward_backward', 'distil',
            'TermLoss', 'StepLoss', 'all_reduce_terms', 'update_weights', 'step_event', 'retry_on_oom',
            'is_out_of_memory', 'free_memory', 'validation_due', 'validate', 'choose_monitored', 'monitored_value',
-           'validate_and_keep_best', 'save_and_explain', 'save_failed', 'Trained', 'train', 'training_loop',
-           'start_run']
+           'validate_and_keep_best', 'save_and_explain', 'save_failed', 'Trained', 'train', 'run_to_end',
+           'training_loop', 'start_run']
 
 # %% ../../nbs/09_training/08_loop.ipynb #c004
 import gc
@@ -15,35 +15,37 @@ import json
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
-from ..core.errors import BadInput
+from ..core.errors import BadInput, Interrupted, TeacherGone
 from ..core.files import write_whole
 from ..core.config import OPDConfig
 from ..core.distributed import all_reduce_sum, all_or_none, all_gather, process_state, set_gradients
+from ..core.text import counted
 from ..core.types import Rollout
 from ..models.fsdp import clip_gradients, is_sharded
-from ..hosted.pricing import TeacherGone
-from ..monitor.metrics import text_metrics
+from ..monitor.metrics import sample_faults, text_metrics
 from ..monitor.run_log import log_event, explain_write_errors
 from ..monitor.trackers import Trackers
-from ..monitor.report import save_samples
+from ..monitor.report import end_of_run, save_samples
 from .batch import (WeightedMetrics, by_teacher, distillation_loss, fault_of,
-                                   micro_batches,
-                                   read_and_align, score)
+                                   micro_batches, read_and_align, score)
 from .methods import (LossSum, MethodLoss, Term, get_method, register_method,
                                      sample_or_reference, step_terms, weighted_means)
-from .checkpoints import (Monitored, check_resumable, open_folder, resume_run,
-                                         save_records,
-                                         save_student, unlock_folder)
-from .setup import Run, prepare
+from .checkpoints import (
+    Monitored, StopRequest, agree_on_folder, check_resumable, lost_steps, open_folder, remove_unused,
+    resume_command, resume_run, save_records, save_student, stop_if_asked, unlock_folder)
+from .setup import Run, pair_warnings, prepare, run_record
 
 log = logging.getLogger('opd_nb')
 
@@ -56,30 +58,29 @@ def train_step(
     run.student.model.train()
     max_rows = run.config.batch * run.config.num_generations
     # 1. rollouts from the student, 2. signals from the teacher, 3. alignment, 4. loss, 5. backward
-    terms, sampling_seconds = retry_on_oom(run, lambda: forward_backward(run), max_rows)
+    terms = retry_on_oom(run, lambda: forward_backward(run), max_rows)
     total = all_reduce_terms(run, terms)                     # over all processes; sets `.grad`
     grad_norm = clip_gradients(run.state, run.weights, run.config.grad_clip)
     usable = bool(total.trained and math.isfinite(grad_norm))
     lr = update_weights(run, usable)                         # 6. optimizer step
     run.last_rollouts = terms[0].term.rollouts
-    return step_event(run, total, usable, grad_norm, lr) | dict(
-        seconds_writing=sampling_seconds, seconds=time.perf_counter() - start)
+    return step_event(run, total, usable, grad_norm, lr) | run.phase_seconds(run.now() - start)
 
 
 def forward_backward(
     run: Run,
-) -> tuple[list['TermLoss'], float]:  # terms of the loss with gradients; seconds of sampling
+) -> list['TermLoss']:  # with gradients
     "Steps 1 to 5, for each term of the loss."
     start = time.perf_counter()
     torch.manual_seed(run.config.seed * 1_000_003 + run.step)  # for dropout; sampling is keyed
     terms = step_terms(run, run.step)                        # 1. rollouts, sampled from the student
-    sampling_seconds = time.perf_counter() - start
+    run.seconds = Counter(writing=run.now() - start)
     losses = []
     for term in terms:
         run.student.model.zero_grad()
         result = get_method(term.method)(run, term.rollouts)  # 2. to 5.: `distil` for opd and kd
         losses.append(TermLoss.of(term, result, [p.grad for p in run.weights]))
-    return losses, sampling_seconds
+    return losses
 
 
 @register_method('kd')   # on reference texts
@@ -94,7 +95,9 @@ def distil(
     whole_groups = c.score_weight == 'trajectory' or 'score' in run.teacher.capabilities.access
     for rows in micro_batches(rollouts, run.micro_batch, whole_groups):
         for teacher, texts in by_teacher(run.teacher, rows):
+            asked = time.perf_counter()
             scored = score(teacher, texts)                   # 2. signals, from the teacher
+            run.seconds['teacher'] += run.now() - asked
             losses.metrics.append((1, scored.counts))
             if not scored.rollouts: continue                 # none that it can read
             # 3. alignment of its positions and the student's, on bytes
@@ -179,8 +182,8 @@ def step_event(
     rollouts = run.last_rollouts
     from_server = run.sampler.metrics if rollouts and rollouts[0].logprobs else {}
     on_policy = sum(r.on_policy for r in rollouts) / max(1, len(rollouts))
-    event = dict(event='step', step=run.step, loss=total.loss, trained=total.trained,
-                 skipped=int(not usable), grad_norm=grad_norm, lr=lr, on_policy=on_policy)
+    event = dict(event='step', step=run.step, loss=total.loss, objective=run.loss_name,
+                 trained=total.trained, skipped=int(not usable), grad_norm=grad_norm, lr=lr, on_policy=on_policy)
     return event | total.metrics | from_server
 
 # %% ../../nbs/09_training/08_loop.ipynb #c011
@@ -233,7 +236,7 @@ def validation_due(
     run: Run,
 ) -> bool:
     "Whether these weights are to be validated, and have not been before a run was stopped."
-    if not run.val or not run.step: return False
+    if not run.val: return False
     due = run.step >= run.config.max_steps or run.step % run.config.eval_every == 0
     return due and not any(e['event'] == 'validation' and e['step'] == run.step for e in run.events)
 
@@ -254,7 +257,8 @@ def validate(
     term_loss = retry_on_oom(run, attempt, len(run.val))
     total = all_reduce_terms(run, [term_loss])
     run.last_rollouts = term_loss.term.rollouts
-    event = dict(event='validation', step=run.step, loss=total.loss, trained=total.trained)
+    event = dict(event='validation', step=run.step, loss=total.loss, objective=run.loss_name,
+                 trained=total.trained)
     return event | total.metrics
 
 # %% ../../nbs/09_training/08_loop.ipynb #c022
@@ -271,7 +275,7 @@ def choose_monitored(
     if wanted != 'auto' and run.state.is_main_process:
         log.warning('monitor = %r is no metric of this run, so the %s decides; there are %s',
                     setting, 'lowest loss' if name == 'loss' else f'highest {name}',
-                    ', '.join(k for k in metrics if k not in ('event', 'step')))
+                    ', '.join(k for k in metrics if k not in ('event', 'step', 'objective')))
     return Monitored(setting, mode, name, name != 'loss')
 
 
@@ -290,11 +294,12 @@ def monitored_value(
 def validate_and_keep_best(
     run: Run,
 ):
-    "Validate, keep some completions, and save the student if it is the best so far."
+    "Validate, keep some completions, and save the student if it is the best that was trained."
     log_event(run, metrics := validate(run))
     if run.state.is_main_process:
         with explain_write_errors(run.config.output_dir / 'samples.jsonl'):
             save_samples(run.config.output_dir, run.step, run.last_rollouts)
+    if not run.step: return  # the untouched student, to compare with
     value = monitored_value(run, metrics)
     if value > (-math.inf if run.best_value is None else run.best_value):
         run.best_value, run.validations_since_best = value, 0
@@ -312,7 +317,7 @@ def save_and_explain(
     save_student(run, f'step-{run.step}')
     save_records(run)
     remedy = (f'{error.remedy} The run is saved at step {run.step}; then go on with: '
-              f'opd train --config {run.config.output_dir / "config.yaml"} --resume')
+              f'{resume_command(run.config.output_dir)}')
     if isinstance(error, TeacherGone): return TeacherGone(error.who, error.why, remedy)
     return BadInput(error.field, error.value, error.allowed, remedy)
 
@@ -343,9 +348,12 @@ class Trained:
     folder: Path      # the run's folder
     student: Path     # the final student
     best: Path        # the student of the best validation
-    events: list[dict[str, object]]  # the log
+    events: list[dict[str, object]] = field(repr=False)  # the log
     seconds: float    # in the loop, including validation and saving
     steps: int        # taken
+
+    def __str__(self):
+        return f'{end_of_run(self.events, self.seconds)}\nstudent {self.student}, best {self.best}'
 
 # %% ../../nbs/09_training/08_loop.ipynb #c031
 def train(
@@ -355,31 +363,50 @@ def train(
     show: Callable[[dict], object] | None = None, # called with each event, such as a `LivePlot`
 ) -> Trained:
     "Distil a teacher into a student, as `config` says; the result is in `config.output_dir`."
+    state, named = process_state(config.device), config.output_dir
+    config = agree_on_folder(config, state)
     try:
         run = start_run(config, teacher, show)
-        start, first_step = time.perf_counter(), run.step
-        hidden = not (progress and run.state.is_main_process)
-        with tqdm(total=config.max_steps, initial=run.step, desc='distil', disable=hidden,
-                  mininterval=1) as bar:
-            training_loop(run, bar)
-        if run.step > first_step: save_student(run, f'step-{run.step}')  # for further steps
-        final, best = save_student(run, 'final'), config.output_dir / 'best'
-        save_records(run)
-        if run.trackers: run.trackers.close()
-        if run.best_value is None or not best.is_dir(): best = final
-        seconds = time.perf_counter() - start
-        return Trained(config.output_dir, final, best, run.events, seconds, run.step)
+        with StopRequest() as stop: return run_to_end(run, progress, stop)
+    except Interrupted: raise
+    except KeyboardInterrupt: raise lost_steps(config.output_dir) from None
     finally:
         unlock_folder(config.output_dir)
+        if not named and state.is_main_process: remove_unused(config.output_dir)
+
+
+def run_to_end(
+    run: Run,          # from `start_run`
+    progress: bool,    # show a progress bar
+    stop: StopRequest,
+) -> Trained:
+    "The loop, and what is saved after it."
+    start, first_step, folder = time.perf_counter(), run.step, run.config.output_dir
+    hidden = not (progress and run.state.is_main_process)
+    above_the_bar = nullcontext() if hidden else logging_redirect_tqdm()
+    bar = tqdm(total=run.config.max_steps, initial=run.step, desc='distil', disable=hidden,
+               mininterval=1)
+    with above_the_bar, bar: training_loop(run, bar, stop)
+    if run.step > first_step: save_student(run, f'step-{run.step}')  # for further steps
+    final, best = save_student(run, 'final'), folder / 'best'
+    save_records(run)
+    if run.trackers: run.trackers.close()
+    if run.best_value is None or not best.is_dir(): best = final
+    own = [r for r in run.last_rollouts if r.on_policy and run.state.is_main_process]
+    for name, n in sample_faults(own).items():
+        log.warning('samples: %s, in %d of the last %d; see samples.jsonl', name, n, len(own))
+    return Trained(folder, final, best, run.events, time.perf_counter() - start, run.step)
 
 
 def training_loop(
     run: Run,
-    bar: tqdm,   # progress bar
+    bar: tqdm,         # progress bar
+    stop: StopRequest,
 ):
     "Steps, validations and checkpoints, until the run has its steps or no longer gets better."
     c = run.config
     while True:
+        stop_if_asked(run, stop)
         try:
             if validation_due(run): validate_and_keep_best(run)
             if run.step >= c.max_steps: return
@@ -406,7 +433,11 @@ def start_run(
     if config.resume: check_resumable(config)
     run = all_or_none(state, lambda: prepare(config, teacher))
     if config.resume: resume_run(run)
-    if state.is_main_process:
-        config.save(config.output_dir / 'config.yaml')
-        run.trackers, run.show = Trackers(config, config.output_dir, run.step), show
+    if is_main:
+        config, record = run.config, run_record(run)
+        config.save(folder / 'config.yaml', record)
+        where = f'{folder}, from step {run.step}' if run.step else folder
+        for topic, text in (record | dict(folder=where)).items(): log.info('%-8s %s', topic, text)
+        for text in pair_warnings(run): log.warning('%s', text)
+        run.trackers, run.show = Trackers(config, folder, run.step), show
     return run

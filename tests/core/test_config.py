@@ -27,7 +27,7 @@ KEYS = [  # key, a value, the setting it means, what that becomes, the default
     ('NUM_SAMPLES', 'all', 'num_samples', None, None),
     ('VAL_FRACTION', '.2', 'val_fraction', .2, .1),
     ('VAL_MAX_SAMPLES', '30', 'val_max_samples', 30, 200),
-    ('OUTPUT_DIR', 'out', 'output_dir', Path('out'), Path('runs/opd')),
+    ('OUTPUT_DIR', 'out', 'output_dir', Path('out'), None),
     ('MAX_STEPS', '7', 'max_steps', 7, 300),
     ('SAVE_EVERY', '9', 'save_every', 9, 100),
     ('LEARNING_RATE', '1e-4', 'learning_rate', 1e-4, 5e-5),
@@ -87,7 +87,8 @@ def test_key(tmp_path, monkeypatch, key, text, setting, value, default):
     ('OPENROUTER_API_KEY', 'openrouter_api_key'),
     ('TEACHER_API_KEY', 'teacher_api_key'),
     ('HF_TOKEN', 'hf_token'),
-    ('HUGGINGFACE_HUB_TOKEN', 'hf_token')])
+    ('HUGGINGFACE_HUB_TOKEN', 'hf_token'),
+    ('HUGGING_FACE_HUB_TOKEN', 'hf_token')])
 def test_secrets_are_masked(tmp_path, key, setting):
     c = from_env(tmp_path, f'{key}=planted-secret-1')
     assert getattr(c, setting).get_secret_value() == 'planted-secret-1'

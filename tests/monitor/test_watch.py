@@ -32,10 +32,10 @@ def test_each_rule_would_see_it_there(name):
     "The same log, spoilt from step 300 on in the figure that the rule looks at: it warns, by that name, and once."
     how = dict(low_overlap=('overlap', lambda x: .05), falling_overlap=('overlap', lambda x: x / 2), falling_coverage=('coverage', lambda x: x / 2), falling_stop_rate=('stop_rate', lambda x: x / 3),
                length_inflation=('length', lambda x: 2 * x), repetition=('repetition', lambda x: .5), entropy_collapse=('entropy', lambda x: x / 10), diversity_loss=('distinct', lambda x: x / 3),
-               teacher_nll_rising=('teacher_nll', lambda x: 12 * x), exploding_ratio=('ratio_max', lambda x: 99.), skipped_steps=('skipped', lambda x: 1), texts_left_out=('left_out', lambda x: 3))
+               teacher_nll_rising=('teacher_nll', lambda x: 12 * x), exploding_ratio=('ratio_max', lambda x: 99.), skipped_steps=('skipped', lambda x: 1), texts_left_out=('left_out', lambda x: 3), no_answer_ends=('stop_rate', lambda x: 0), falling_agreement=('top1_agreement', lambda x: x / 2))
     figure, spoil = how[name]
     first = 0 if name == 'low_overlap' else 300
-    events = [dict(ratio_max=1., ratio_clipped=.5, left_out=0, scored=32) | e for e in kept_events()]
+    events = [dict(ratio_max=1., ratio_clipped=.5, left_out=0, scored=32, top1_agreement=.5) | e for e in kept_events()]
     spoilt = [w.name for w in warned([e | {figure: spoil(e.get(figure, 0))} if e['step'] > first else e for e in events])]
     assert spoilt.count(name) == 1 and warned(events) == []
 

@@ -72,7 +72,8 @@ def test_training_leaves_it_out(url, tmp_path):
         for c, (data, stopped) in zip(PUZZLES, ANSWERS):
             ids, ends = teacher.codec.write(data, stopped)
             rollouts.append(Rollout(c, tuple(teacher.codec.prompt(c.prompt)), tuple(ids), tuple(map(int, ends)), data, stopped))
-        scored, signals = score(teacher, rollouts)
+        found = score(teacher, rollouts)
+        scored, signals = found.rollouts, found.signals
     assert len(scored) == len(signals) == 2
 
 

@@ -148,7 +148,7 @@ def test_memory_does_not_grow(prompts, tmp_path):
     run = prepare(config(prompts, tmp_path / 'run', max_steps=500, batch=4))
     seen = []
     for _ in range(500):
-        training.note(run, training.train_step(run))
+        training.log_event(run, training.train_step(run))
         if run.step % 50 == 0: training.validate_and_keep_best(run); save_student(run, f'step-{run.step}')
         seen.append(psutil.Process().memory_info().rss / 2**20)
     print([round(x) for x in seen[::50]])
