@@ -152,7 +152,7 @@ class Budget:
 
     def reached(self, cost: float) -> BudgetReached:
         "The exception for a request of this cost, in dollars."
-        why = (f'has cost ${self.counted:.4f} with what was paid before, and the next request '
+        why = (f'has cost ${self.counted:.4f}, with what was paid before, and the next request '
                f'(${cost:.4f}) would pass the limit of ${self.max_dollars:g}')
         remedy = 'Resume with a higher --teacher-max-dollars.'
         return BudgetReached(self.who, why, remedy)
