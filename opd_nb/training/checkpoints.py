@@ -14,6 +14,7 @@ __all__ = ['log', 'LOCKS', 'FILES', 'LEFTOVERS', 'COUNTERS', 'STATE', 'FIXED_SET
 import hashlib
 import json
 import logging
+import os
 import re
 import shlex
 import shutil
