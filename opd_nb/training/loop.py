@@ -187,8 +187,8 @@ def step_event(
     return event | total.metrics | from_server
 
 # %% ../../nbs/09_training/08_loop.ipynb #c011
-SAVES_MEMORY = ('Lower MAX_NEW_TOKENS; or set KD_LORA=1, --gradient-checkpointing, '
-                'or KD_MAX_GROUPS=64; or take a smaller student.')
+SAVES_MEMORY = ('Lower --max-new-tokens; or set --lora, --gradient-checkpointing, '
+                'or --max-groups 64; or take a smaller student.')
 T = TypeVar('T')
 
 def retry_on_oom(
