@@ -26,7 +26,7 @@ import torch
 
 from ..core.errors import BadInput, printable
 from ..core.files import expanded
-from .files import use_cache_without_hub
+from .hub import use_cache_without_hub
 from .lm import first_line
 
 # %% ../../nbs/03_models/07_gguf.ipynb #c006
