@@ -278,9 +278,9 @@ def _distil_rows(
 ):
     "Teacher signals, alignment and loss of some rollouts, as `opd_nb.distil.distil_rows` returned them."
     batch = import_module('opd_nb.training.batch')
-    rollouts, signals = batch.score(teacher, rows)
-    if not rollouts: return None, []
-    aligned = batch.read_and_align(student, rollouts, signals, vocab, compute_dtype)
+    scored = batch.score(teacher, rows)
+    if not scored.rollouts: return None, []
+    aligned = batch.read_and_align(student, scored.rollouts, scored.signals, vocab, compute_dtype)
     return batch.distillation_loss(aligned, loss, score_weight, min_logprob, max_chunks)
 
 # %% ../nbs/00_api.ipynb #n009

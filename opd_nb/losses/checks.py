@@ -288,7 +288,7 @@ def check_weights(
     double = loss(replace(s, weight=weight * 2), t, al, v, **options)
     torch.testing.assert_close(double.total, 2 * without.total)
     assert_property(abs(double.weight - 2 * without.weight) < 1e-9, loss, options,
-            'a weight of 2 is not twice a weight of 1')
+                    'a weight of 2 is not twice a weight of 1')
 
 # %% ../../nbs/04_losses/12_checks.ipynb #c027
 def listed(
