@@ -47,10 +47,10 @@ PUBLIC = {name: f'{module}.{name}' for module, names in {
 
 # %% ../nbs/00_api.ipynb #p002
 PUBLIC |= dict(
-    EvalOptions='eval.lm_eval.Options',
+    EvalOptions='eval.questions.Options',
     student_side='models.lm.read',
     topk_side='losses.checks.listed',
-    open_run_folder='training.checkpoints.open_folder',
+    open_run_folder='core.folders.open_folder',
     greedy_completions='eval.scoring.answer',
     accuracy_gain='eval.evaluate.gain',
     evaluation_summary='eval.report.summary_rows',
@@ -87,7 +87,7 @@ MOVED = {name: modules.split() for name, modules in dict(
     bodies='lab.students',
     cache='hosted.store',
     chat='tools.chat',
-    checkpoints='training.checkpoints monitor.run_log',
+    checkpoints='training.checkpoints core.folders monitor.run_log',
     cleaning='data.filters',
     cli='cli.app cli.commands',
     client='hosted.client',
@@ -109,9 +109,9 @@ MOVED = {name: modules.split() for name, modules in dict(
     experiment='lab.run lab.arms',
     export='tools.export_hf',
     gguf_export='tools.export_gguf',
-    gguf_file='models.gguf',
+    gguf_file='models.gguf models.llama_cpp',
     gguf_teacher='teachers.gguf',
-    harness='eval.lm_eval',
+    harness='eval.lm_eval eval.questions',
     health='monitor.metrics',
     laboratory='lab.queue',
     lineup='eval.models',
@@ -151,7 +151,7 @@ MOVED = {name: modules.split() for name, modules in dict(
     teachers='teachers.base teachers.hf teachers.mixture',
     tokens='alignment.tokens alignment.chat',
     trackers='monitor.trackers',
-    training='training.loop training.checkpoints monitor.run_log',
+    training='training.loop training.checkpoints core.folders monitor.run_log',
     types='core.types core.errors',
     validation='data.agreement data.page',
     vocab='alignment.vocab',
@@ -278,9 +278,9 @@ def _distil_rows(
 ):
     "Teacher signals, alignment and loss of some rollouts, as `opd_nb.distil.distil_rows` returned them."
     batch = import_module('opd_nb.training.batch')
-    rollouts, signals = batch.score(teacher, rows)
-    if not rollouts: return None, []
-    aligned = batch.read_and_align(student, rollouts, signals, vocab, compute_dtype)
+    scored = batch.score(teacher, rows)
+    if not scored.rollouts: return None, []
+    aligned = batch.read_and_align(student, scored.rollouts, scored.signals, vocab, compute_dtype)
     return batch.distillation_loss(aligned, loss, score_weight, min_logprob, max_chunks)
 
 # %% ../nbs/00_api.ipynb #n009

@@ -170,7 +170,7 @@ def test_answers_as_on_a_cpu(tmp_path):
     "The same questions, by batches as large as the GPU takes."
     pytest.importorskip('lm_eval', reason='pip install "opd_nb[eval]"')
     from opd_nb.eval.evaluate import evaluate
-    from opd_nb.eval.lm_eval import Options
+    from opd_nb.eval.questions import Options
     shares = {}
     for device, dtype in (('cpu', 'float32'), (GPU, 'float32'), (GPU, 'bfloat16')):
         got = evaluate(['m=tiny:teacher'], ['countdown', 'arc_easy_local'], Options(limit=50, data=real('benchmarks')), tmp_path / f'{device}-{dtype}', progress=False, device=device, dtype=dtype)

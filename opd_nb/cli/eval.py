@@ -103,7 +103,7 @@ def run_eval(
     argv: list[str],    # words after `opd eval`
 ) -> int:               # 1 if something failed
     "Evaluate the models that the arguments name, and write a report."
-    from opd_nb.eval.lm_eval import Options
+    from opd_nb.eval.questions import Options
     from opd_nb.eval.tasks import load_judge
     from opd_nb.eval.models import lineup, lineup_of
     from opd_nb.eval.evaluate import evaluate

@@ -165,7 +165,7 @@ def datasets_rows(
     try:
         if Path(where).is_dir(): found = datasets.load_from_disk(where)
         else:
-            from opd_nb.models.files import use_cache_without_hub
+            from opd_nb.models.hub import use_cache_without_hub
             use_cache_without_hub()
             found = datasets.load_dataset(*where.split(':'))
         return _split_rows(found, part)

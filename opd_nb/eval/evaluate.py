@@ -25,7 +25,7 @@ from ..models.lm import LM
 
 from .stats import difference, mean_interval
 from .scoring import answer
-from .lm_eval import Options, Task
+from .questions import Options, Task
 from .tasks import BadQuestions, Unavailable, tasks_for
 from .models import Entry, content_key, lineup
 from .results import Results

@@ -20,7 +20,7 @@ from ..core.errors import BadInput
 from ..core.files import expanded
 from ..core.config import OPDConfig
 from ..models.lm import LM, model_path
-from .lm_eval import text_hash
+from .questions import text_hash
 
 # %% ../../nbs/10_eval/06_models.ipynb #c006
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..core.text import plain_label
 from .stats import mean_interval
-from .lm_eval import Task
+from .questions import Task
 from .results import Results
 
 # %% ../../nbs/10_eval/09_plots.ipynb #p001

@@ -14,7 +14,7 @@ import pandas as pd
 
 from ..core.errors import printable
 from .stats import Difference, by_chance, difference, mean_interval
-from .lm_eval import Options, Task
+from .questions import Options, Task
 from .models import Entry
 
 # %% ../../nbs/10_eval/07_results.ipynb #k010

@@ -29,9 +29,8 @@ from ..data.formats import READERS, load_conversations, read_rows
 from . import scoring as answers
 from .scoring import REFERENCE_SCORERS, answer
 from .choices import FIGURES, as_choices, said, without_marks
-from opd_nb.eval.lm_eval import (
-    Options, Task, text_hash, lm_eval_task, need_lm_eval, quiet, shots_of,
-)
+from .lm_eval import lm_eval_task, need_lm_eval, quiet, shots_of
+from .questions import Options, Task, text_hash
 
 # %% ../../nbs/10_eval/05_tasks.ipynb #c014
 def shipped_tasks() -> dict[str, Path]:

@@ -312,7 +312,7 @@ class Endpoint(Client):
     async def ready(self):
         "Wait for the rate limiter. Raises if endpoint, store or disk were found gone meanwhile."
         if self.gone: raise self.gone
-        self.cache.check_room()
+        self.cache.check_free_space()
         if self.rate: await self.rate.acquire()
 
     def body_of(self, request: Request) -> dict:

@@ -191,7 +191,7 @@ class ReplyStore:
         remedy = unusable_remedy(why) or 'Set TEACHER_CACHE to another file.'
         return BadInput('teacher_cache', str(self.path), f'cannot be used ({why})', remedy)
 
-    def check_room(self):
+    def check_free_space(self):
         "Raise `BadInput` if a reply could come that has no room on the disk."
         try:
             free = shutil.disk_usage(self.path.parent).free

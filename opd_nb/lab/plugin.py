@@ -10,7 +10,7 @@ from ..core.errors import BadInput
 from ..core.types import Conversation
 from ..data.formats import load_conversations
 from ..eval.scoring import each
-from ..eval.lm_eval import Options, Task
+from ..eval.questions import Options, Task
 from ..training.grpo import register_reward
 from ..eval.tasks import BadQuestions, answer_task, bad_questions, register_task
 from . import countdown

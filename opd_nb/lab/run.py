@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['with_reply', 'write_answers', 'answered', 'Timed', 'solves', 'checked', 'judged', 'newest_share', 'follow',
-           'puzzle_of', 'asked_of', 'Meter', 'share_read', 'split_batch', 'arm_settings', 'settings_of', 'Experiment',
+           'puzzle_key', 'asked_of', 'Meter', 'share_read', 'split_batch', 'arm_settings', 'settings_of', 'Experiment',
            'experiment', 'short_hash', 'versions', 'where', 'reference']
 
 # %% ../../nbs/12_lab/06_run.ipynb #c003
@@ -143,7 +143,7 @@ def follow(
         a.lerp_(w, newest_share(step))
 
 # %% ../../nbs/12_lab/06_run.ipynb #c019a
-def puzzle_of(
+def puzzle_key(
     c: Conversation,  # of `draw`
 ) -> tuple[tuple[int, ...], int]:  # numbers in order, target
     "Which puzzle this is, however its numbers are shown."
@@ -157,9 +157,9 @@ def asked_of(
     "The held-out puzzles of a run's evaluation; trials of learning rates have others."
     asked = draw(budget.puzzles, 0, split='held_out')
     if seed != TRIAL[0]: return asked
-    seen = {puzzle_of(c) for c in asked}
+    seen = {puzzle_key(c) for c in asked}
     others = draw(3 * budget.puzzles, seed, split='held_out')
-    return [c for c in others if puzzle_of(c) not in seen][:budget.puzzles]
+    return [c for c in others if puzzle_key(c) not in seen][:budget.puzzles]
 
 # %% ../../nbs/12_lab/06_run.ipynb #c021
 class Meter:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TOY_STUDENT', 'TOY_TEACHER', 'BREAD', 'ToyCodec', 'tokenise_at_random', 'LossInputs', 'with_logprobs', 'random_side',
-           'toy_batch', 'one_block', 'require', 'check_gradient', 'check_zero', 'without_token', 'check_empty',
-           'is_finite', 'check_values', 'rows_of', 'check_splits', 'check_number_formats', 'check_blocks',
+           'toy_batch', 'one_block', 'assert_property', 'check_gradient', 'check_zero', 'without_token', 'check_empty',
+           'is_finite', 'check_values', 'take_rows', 'check_splits', 'check_number_formats', 'check_blocks',
            'check_weights', 'listed', 'check_listed', 'check_loss', 'side_of', 'bread', 'gradient', 'plot_push',
            'plot_gradients']
 
@@ -116,7 +116,7 @@ def one_block(
     return Block(*map(torch.tensor, spans), student_ids, teacher_ids, None, slice(0, len(units)))
 
 # %% ../../nbs/04_losses/12_checks.ipynb #b004
-def require(
+def assert_property(
     holds: bool,                   # the property
     loss: Callable,                # that is checked
     options: dict[str, object],    # of the loss
@@ -143,7 +143,7 @@ def check_gradient(
         return loss(student, t, al, v, **options).total
 
     right = torch.autograd.gradcheck(total, (s.hidden, s.head.weight))
-    require(right, loss, options, 'the gradient is not that of the value')
+    assert_property(right, loss, options, 'the gradient is not that of the value')
     frozen, trained = total(s.hidden, s.head.weight.detach()), total(s.hidden, s.head.weight)
     torch.testing.assert_close(*(torch.autograd.grad(x, s.hidden) for x in (frozen, trained)))
 
@@ -157,9 +157,9 @@ def check_zero(
     s, t, al, v = toy_batch(2, same=True)
     out = loss(s, t, al, v, **options)
     total = out.total.item()
-    require(not value or abs(total) < 1e-7, loss, options, f'{total} for student = teacher')
+    assert_property(not value or abs(total) < 1e-7, loss, options, f'{total} for student = teacher')
     largest = torch.autograd.grad(out.total, s.hidden)[0].abs().max().item()
-    require(largest < 1e-7, loss, options, f'a gradient of {largest} for student = teacher')
+    assert_property(largest < 1e-7, loss, options, f'a gradient of {largest} for student = teacher')
 
 # %% ../../nbs/04_losses/12_checks.ipynb #c018
 def without_token(
@@ -181,7 +181,7 @@ def check_empty(
     def empty(x): return replace(x, hidden=x.hidden[:0], ids=x.ids[:0], logprobs=x.logprobs[:0])
     out = loss(empty(s), empty(t), align([], []), v, **options)
     nothing = len(out) == 0 and out.weight == 0 and out.total == 0
-    require(nothing, loss, options, 'something out of nothing')
+    assert_property(nothing, loss, options, 'something out of nothing')
 
 def is_finite(
     out,         # `LossOutput`
@@ -203,14 +203,14 @@ def check_values(
         s, t, al, v = toy_batch(seed)
         if seed % 2: t = without_token(t, seed % t.width)
         out = loss(s, t, al, v, **options)
-        require(is_finite(out, s), loss, options, 'not finite')
+        assert_property(is_finite(out, s), loss, options, 'not finite')
         smallest = min([smallest, *out.values.tolist()])
-    require(not divergence or smallest > -1e-9, loss, options, f'{smallest} is negative')
+    assert_property(not divergence or smallest > -1e-9, loss, options, f'{smallest} is negative')
     check_empty(loss, **options)
     return smallest
 
 # %% ../../nbs/04_losses/12_checks.ipynb #c022
-def rows_of(
+def take_rows(
     student: Side,         # of a batch
     teacher: Side,         # of the batch
     alignment: Alignment,  # of the batch
@@ -234,11 +234,11 @@ def check_splits(
     whole = loss(s, t, al, v, **options)
     gradient = torch.autograd.grad(whole.total, s.hidden)[0]
     for groups in ([(0, 1), (2, 3)], [(0,), (1,), (2,), (3,)]):
-        parts = [loss(*rows_of(s, t, al, rows), v, **options) for rows in groups]
+        parts = [loss(*take_rows(s, t, al, rows), v, **options) for rows in groups]
         summed = torch.autograd.grad(sum(p.total for p in parts), s.hidden)[0]
         torch.testing.assert_close(summed, gradient, atol=1e-9, rtol=0)
         same_weight = abs(sum(p.weight for p in parts) - whole.weight) < 1e-9
-        require(same_weight, loss, options, 'the parts have another weight than the whole')
+        assert_property(same_weight, loss, options, 'the parts have another weight than the whole')
 
 def check_number_formats(
     loss: Callable,  # as above
@@ -250,7 +250,7 @@ def check_number_formats(
     out = loss(s, t, al, v, **options)
     gradient = torch.autograd.grad(out.total, s.hidden)[0]
     formats = out.total.dtype, gradient.dtype
-    require(formats == (torch.float32, torch.bfloat16), loss, options, 'number formats')
+    assert_property(formats == (torch.float32, torch.bfloat16), loss, options, 'number formats')
     torch.testing.assert_close(out.total.double(), expected, rtol=.05, atol=.05)
 
 # %% ../../nbs/04_losses/12_checks.ipynb #c021
@@ -280,15 +280,15 @@ def check_weights(
     s, t, al, v = toy_batch(4)
     weight = torch.as_tensor((al.student_ends // al.stride != 1) * 1.)
     without = loss(replace(s, weight=weight), t, al, v, **options)
-    other_rows = loss(*rows_of(s, t, al, (0, 2, 3)), v, **options)
+    other_rows = loss(*take_rows(s, t, al, (0, 2, 3)), v, **options)
     torch.testing.assert_close(without.total, other_rows.total)
     gradient = torch.autograd.grad(without.total, s.hidden)[0]
     untrained = gradient[weight == 0].abs().max() == 0
-    require(untrained, loss, options, 'a position of weight 0 is trained')
+    assert_property(untrained, loss, options, 'a position of weight 0 is trained')
     double = loss(replace(s, weight=weight * 2), t, al, v, **options)
     torch.testing.assert_close(double.total, 2 * without.total)
-    require(abs(double.weight - 2 * without.weight) < 1e-9, loss, options,
-            'a weight of 2 is not twice a weight of 1')
+    assert_property(abs(double.weight - 2 * without.weight) < 1e-9, loss, options,
+                    'a weight of 2 is not twice a weight of 1')
 
 # %% ../../nbs/04_losses/12_checks.ipynb #c027
 def listed(
@@ -313,9 +313,9 @@ def check_listed(
     torch.testing.assert_close(complete.total, dense.total, atol=1e-6, rtol=1e-6)
     for k, every in ((2, 1), (1, 1), (3, 1000)):
         out = loss(s, listed(t, k, every), al, v, **options)
-        require(is_finite(out, s), loss, options, f'not finite with {k} entries')
+        assert_property(is_finite(out, s), loss, options, f'not finite with {k} entries')
         skipped = every == 1 or len(out) < len(dense)
-        require(skipped, loss, options, 'rows without a list are trained')
+        assert_property(skipped, loss, options, 'rows without a list are trained')
 
 # %% ../../nbs/04_losses/12_checks.ipynb #c030
 def check_loss(

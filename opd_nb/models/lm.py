@@ -19,10 +19,10 @@ from ..core.errors import BadInput
 from ..core.types import Head
 from ..alignment.chat import ChatCodec
 from opd_nb.models.files import (  # noqa: F401; some for those who look for them here
-    Source, adapter_base, announce_download, base_model, check_tokens, explain_load_errors,
-    first_line, load_adapters,
+    Source, adapter_base, base_model, check_tokens, explain_load_errors, first_line, load_adapters,
     load_adapter_weights, load_config, load_whole, model_file, model_path, tiny_folder,
     tokenizer_path)
+from .hub import announce_download
 from .outputs import Side
 
 # %% ../../nbs/03_models/03_lm.ipynb #c010
@@ -204,7 +204,7 @@ class LM:
         logging.disable_progress_bar()  # of weights read from disk; downloads keep theirs
         path, device = model_path(spec, role), pick_device(device)
         source = Source(spec, role, path, token, revision, bool(trust_remote_code))
-        announce_download(source)
+        announce_download(path, revision, token)
         tok = load_tokenizer(source, template)
         with explain_load_errors(source):
             model = load_weights(source, pick_dtype(dtype, device), device, options)

@@ -6,7 +6,7 @@
 __all__ = ['KNOWN_TEXT', 'PROBE_MESSAGES', 'CHECKED_AT', 'MAX_GAP', 'ProbeStep', 'NO_TOKENIZER', 'STARTS_ANEW', 'ScoringAPI',
            'JUDGED_TASKS', 'TRIED_ALONE', 'Finding', 'first_token_top', 'median_gap', 'Probe', 'shift_gaps',
            'scoring_finding', 'try_scoring', 'ListedToken', 'listed_reply', 'telling_tokens', 'continued_gap',
-           'try_prefix_walk', 'write_text', 'try_continuation', 'try_sequence', 'try_all', 'finding_key',
+           'try_prefix_walk', 'greedy_reply', 'try_continuation', 'try_sequence', 'try_all', 'finding_key',
            'kept_findings', 'probe_endpoint', 'choose_mode']
 
 # %% ../../nbs/06_teachers/07_probe.ipynb #c003
@@ -21,7 +21,7 @@ from ..hosted.pricing import BudgetReached, TeacherGone
 from ..hosted.store import request_key
 from ..hosted.client import Endpoint, Malformed, Request, Refused
 from .scoring_apis import (Ask, Echo, LlamaCpp, PromptLogprobs, Reply, SGLang,
-                                          TokenNames, TokenScores, read_bytes, read_list, read_row)
+                                          TokenNames, TokenScores, read_bytes, read_list, read_position)
 from .generation_apis import (PREFILLS, SequenceJudge, candidates, first_choice,
                                              listed_tokens, message_text, next_token_top,
                                              prefilled_body, sendable_prefix)
@@ -57,7 +57,7 @@ def first_token_top(
     logprobs = first_choice(reply).get('logprobs') or {}
     top = read_list(logprobs.get('top_logprobs') or [None], 'top_logprobs')[-1] or {}
     if not top: raise Malformed('no logprobs of the tokens it writes')
-    return read_row((names.find(t), lp) for t, lp in top.items())
+    return read_position((names.find(t), lp) for t, lp in top.items())
 
 # %% ../../nbs/06_teachers/07_probe.ipynb #c012
 def median_gap(
@@ -307,7 +307,7 @@ def try_prefix_walk(
     return no(STARTS_ANEW)
 
 # %% ../../nbs/06_teachers/07_probe.ipynb #c023
-def write_text(
+def greedy_reply(
     probe: Probe,      # of the endpoint
     prefix: str = '',  # of the reply
     prefill: int = 0,  # which of `PREFILLS`
@@ -323,13 +323,13 @@ def try_continuation(
 ) -> Finding:
     "Try whether the chat route continues a prefilled reply, by its text alone."
     def no(why): return Finding('continuation', False, str(why))
-    try: whole = write_text(probe)
+    try: whole = greedy_reply(probe)
     except (Refused, Malformed) as e: return no(e)
     prefix = whole[:len(whole) // 2].rstrip()
     expected = whole[len(prefix):]
     if not prefix or len(expected) < 4: return no('what it writes is too short to tell')
     for prefill in range(len(PREFILLS)):
-        try: rest = write_text(probe, prefix, prefill)
+        try: rest = greedy_reply(probe, prefix, prefill)
         except (Refused, Malformed): continue
         repeats = rest.startswith(prefix)
         rest = rest[len(prefix) * repeats:]

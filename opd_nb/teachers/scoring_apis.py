@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Ask', 'Reply', 'MAX_EXCESS', 'NO_CHANCE', 'MAX_TOKEN_BYTES', 'REPLACEMENT', 'BYTE_TOKEN', 'TokenScores',
-           'RequestCost', 'require', 'read_logprob', 'read_id', 'read_bytes', 'read_text', 'read_row', 'read_list',
+           'RequestCost', 'require', 'read_logprob', 'read_id', 'read_bytes', 'read_text', 'read_position', 'read_list',
            'TokenNames', 'OneRequest', 'PromptLogprobs', 'SGLang', 'WrittenToken', 'LlamaCpp', 'Echo']
 
 # %% ../../nbs/06_teachers/05_scoring_apis.ipynb #c003
@@ -91,7 +91,7 @@ def read_text(
     require(not any('\ud800' <= c <= '\udfff' for c in value), 'a text with half a letter')
     return value
 
-def read_row(
+def read_position(
     pairs: Iterable[tuple[int | None, object]],  # (token id, log-probability as it was sent)
 ) -> dict[int, float]:                           # id -> nats
     "One position's list; of two with one id the first. Raises `Malformed` for no distribution."
@@ -161,7 +161,7 @@ class TokenNames:
         entries: list[Reply],  # of one position: {'token' and so on, 'logprob'}
     ) -> dict[int, float]:     # id -> nats
         "Log-probabilities of the entries that name a token; the first of two with one name."
-        return read_row((self.find(e), e.get('logprob')) for e in entries)
+        return read_position((self.find(e), e.get('logprob')) for e in entries)
 
     def id(self,
         value,        # of a reply
@@ -211,7 +211,7 @@ class PromptLogprobs(OneRequest):
         rows = [row or {} for row in rows[prompt_tokens:]]
         same = all(str(i) in row or not row for i, row in zip(ids, rows))
         require(same, 'other tokens than those that were sent')
-        read = [read_row((self.id(i, names), e['logprob']) for i, e in row.items()) for row in rows]
+        read = [read_position((self.id(i, names), e['logprob']) for i, e in row.items()) for row in rows]
         logprobs = [row.get(i, math.nan) for i, row in zip(ids, read)]
         def listed(row, i): return k and (row[str(i)].get('rank') or 0) <= k
         top = [{i: lp for i, lp in there.items() if listed(row, i)} for row, there in zip(rows, read)]
@@ -260,7 +260,7 @@ class SGLang(OneRequest):
         same = [entry[1] for entry in own] == list(ids) and len(rows) == n
         require(same, 'other tokens than those that were sent')
         logprobs = [read_logprob(entry[0]) for entry in own]
-        def read(row): return read_row((names.id(e[1]), e[0]) for e in read_list(row or [], 'a row'))
+        def read(row): return read_position((names.id(e[1]), e[0]) for e in read_list(row or [], 'a row'))
         return TokenScores(logprobs, [read(row) for row in rows])
 
 # %% ../../nbs/06_teachers/05_scoring_apis.ipynb #c019
@@ -274,7 +274,7 @@ class WrittenToken:
     def read(cls, entry: Reply, names: TokenNames) -> 'WrittenToken':
         "From an entry of `completion_probabilities`."
         listed = read_list(entry['top_logprobs'], 'top_logprobs')
-        row = read_row((names.id(e['id']), e['logprob']) for e in listed)
+        row = read_position((names.id(e['id']), e['logprob']) for e in listed)
         return cls(read_logprob(entry['logprob']), row)
 
 # %% ../../nbs/06_teachers/05_scoring_apis.ipynb #w026

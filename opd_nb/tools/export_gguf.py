@@ -23,7 +23,7 @@ import torch
 from ..core.errors import BadInput, unknown
 from ..alignment.tokens import components, spelling_of
 from ..models.lm import LM, merge_adapters
-from ..models.gguf import LLAMA_LOG, require_package
+from ..models.llama_cpp import LLAMA_LOG, require_package
 
 # %% ../../nbs/11_tools/05_export_gguf.ipynb #c006
 # transformers' model type -> llama.cpp's name

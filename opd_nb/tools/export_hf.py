@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['METRICS', 'CARD', 'UNSTATED', 'StudentRun', 'run_settings', 'best_student', 'find_student', 'default_path',
            'local_card', 'licence_of', 'without_folders', 'changed_settings', 'markdown_table', 'validation_table',
-           'record_of', 'fact_table', 'licence_table', 'model_card', 'stored_dtype', 'write_student', 'opening_line',
-           'push_error', 'push']
+           'config_record', 'fact_table', 'licence_table', 'model_card', 'stored_dtype', 'write_student',
+           'opening_line', 'push_error', 'push']
 
 # %% ../../nbs/11_tools/04_export_hf.ipynb #c003
 import os
@@ -203,7 +203,7 @@ model, tok = {{ auto_class }}.from_pretrained('THIS'), AutoTokenizer.from_pretra
 # %% ../../nbs/11_tools/04_export_hf.ipynb #w011
 UNSTATED = 'not stated; look it up before you share this'
 
-def record_of(
+def config_record(
     settings: dict[str, object],  # of `config.yaml`
 ) -> dict[str, str]:              # topic -> text; {} if there is none
     "What became of the settings in the run, such as the loss that auto chose."
@@ -220,7 +220,7 @@ def fact_table(
         teacher=without_folders(settings.get('teacher', '')),
         data=without_folders(settings.get('data')),
         method=settings.get('method', 'opd'),
-        loss=record_of(settings).get('loss', settings.get('loss')),
+        loss=config_record(settings).get('loss', settings.get('loss')),
         steps=f"{run.steps} of {settings.get('max_steps')}; this is {run.checkpoint}")
     facts['made by'] = f'opd_nb {opd_nb.__version__}'
     return markdown_table([['', ''], *facts.items()])

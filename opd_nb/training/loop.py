@@ -31,7 +31,7 @@ from ..core.errors import BadInput, Interrupted, TeacherGone
 from ..core.files import write_whole
 from ..core.config import OPDConfig
 from ..core.distributed import all_reduce_sum, all_or_none, all_gather, process_state, set_gradients
-from ..core.text import counted
+from ..core.folders import open_folder, remove_unused, unlock_folder
 from ..core.types import Rollout
 from ..models.fsdp import clip_gradients, is_sharded
 from ..monitor.metrics import sample_faults, text_metrics
@@ -43,9 +43,9 @@ from .batch import (WeightedMetrics, by_teacher, distillation_loss, fault_of,
 from .methods import (LossSum, MethodLoss, Term, get_method, register_method,
                                      sample_or_reference, step_terms, weighted_means)
 from .checkpoints import (
-    Monitored, StopRequest, agree_on_folder, check_resumable, lost_steps, open_folder, remove_unused,
-    resume_command, resume_run, save_records, save_student, stop_if_asked, unlock_folder)
-from .setup import Run, pair_warnings, prepare, run_record
+    Monitored, StopRequest, check_resumable, lost_steps, resume_command, resume_run, save_records,
+    save_student, stop_if_asked)
+from .setup import Run, agree_on_folder, pair_warnings, prepare, run_record
 
 log = logging.getLogger('opd_nb')
 

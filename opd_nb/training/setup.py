@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'Run', 'load_student', 'compute_dtype', 'prepare', 'load_prompts', 'with_steps', 'check_templates',
            'warn_of_long_prompts', 'size_text', 'codec_text', 'model_texts', 'budget_text', 'run_record',
-           'pair_warnings']
+           'pair_warnings', 'agree_on_folder']
 
 # %% ../../nbs/09_training/07_setup.ipynb #h003
 import logging
@@ -24,7 +24,8 @@ import torch
 from ..core.errors import BadInput
 from .. import __version__
 from ..core.config import OPDConfig, require_teacher
-from ..core.distributed import process_state
+from ..core.distributed import all_gather, all_or_none, process_state
+from ..core.folders import choose_folder
 from ..core.text import counted
 from ..core.types import Conversation, Rollout
 from ..alignment.vocab import VocabMap
@@ -323,3 +324,13 @@ def pair_warnings(
             found.append(f'The {who} has no chat template, as a base model; prompts go in bare. '
                          'An instruct model answers questions; a base model continues texts.')
     return found
+
+# %% ../../nbs/09_training/07_setup.ipynb #cdd614c7
+def agree_on_folder(
+    config: OPDConfig,
+    state,               # of `process_state`
+) -> OPDConfig:          # with the same `output_dir` in every process
+    "The settings with the run's folder, chosen by the main process."
+    def choose(): return choose_folder(config).output_dir if state.is_main_process else None
+    folder = all_gather(state, [all_or_none(state, choose)])[0]
+    return config.model_copy(update=dict(output_dir=folder))

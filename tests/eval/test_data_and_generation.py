@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip('lm_eval', reason='pip install "opd_nb[eval]"')
 from opd_nb.core.errors import BadInput
 from opd_nb.eval.evaluate import evaluate
-from opd_nb.eval.lm_eval import Options
+from opd_nb.eval.questions import Options
 from opd_nb.eval.tasks import tasks_for
 from opd_nb.models.lm import LM, tiny_folder, write
 

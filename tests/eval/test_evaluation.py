@@ -10,7 +10,7 @@ from conftest import ROOT, real
 pytest.importorskip('lm_eval', reason='pip install "opd_nb[eval]"')
 pytest.importorskip('rouge_score', reason='pip install "opd_nb[eval]"')
 from opd_nb.models.lm import LM
-from opd_nb.eval.lm_eval import Options
+from opd_nb.eval.questions import Options
 from opd_nb.eval.evaluate import evaluate
 
 LOCAL = (
@@ -436,7 +436,7 @@ def test_settings_name_the_models(here, tmp_path):
 def test_an_interrupted_evaluation_goes_on(tmp_path):
     "Interrupted while it asks, it keeps whole pieces; the same call asks the rest and ends as if nothing had been."
     code = (
-        "import sys; from opd_nb.eval import evaluate as e; from opd_nb.eval.lm_eval import Options; from functools import partial\n"
+        "import sys; from opd_nb.eval import evaluate as e; from opd_nb.eval.questions import Options; from functools import partial\n"
         "e.asked = partial(e.asked, block=3)\n"
         "e.evaluate({'base': 'tiny:student'}, ['countdown'], Options(300), sys.argv[1], progress=False)"
     )

@@ -42,7 +42,7 @@ def test_what_is_no_puzzle_is_refused(numbers, target):
 def test_a_task_of_such_puzzles(tmp_path):
     "Read alike, and a row without them is named."
     pytest.importorskip('lm_eval', reason='pip install "opd_nb[eval]"')
-    from opd_nb.eval.lm_eval import Options
+    from opd_nb.eval.questions import Options
     from opd_nb.eval.tasks import tasks_for
     rows = [dict(prompt='Make 31 from 3 7 10.', metadata=dict(numbers=numbers, target=target)) for numbers, target in READ]
     file = tmp_path / 'puzzles.jsonl'

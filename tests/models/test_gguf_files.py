@@ -74,7 +74,7 @@ def test_a_good_file_is_quiet(files, tmp_path, caplog):
 
 def test_warnings_are_cleaned(caplog):
     "They quote the file."
-    from opd_nb.models.gguf import LLAMA_LOG, WARNING
+    from opd_nb.models.llama_cpp import LLAMA_LOG, WARNING
     LLAMA_LOG.begin('x\x1b.gguf')
     LLAMA_LOG.hear(WARNING, b'load: token \x1b[2J\xff is odd\n')
     LLAMA_LOG.hear(WARNING, b'load: ********        \n')

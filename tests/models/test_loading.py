@@ -416,7 +416,8 @@ def test_a_hub_that_does_not_answer_is_asked_once(tmp_path):
         program = '''
 import sys
 import opd_nb.models.files as files
-files.HUB_TIMEOUT = 1
+import opd_nb.models.hub as hub
+hub.HUB_TIMEOUT = 1
 from opd_nb.core.errors import BadInput
 from opd_nb.models.lm import LM
 from opd_nb.data.formats import load_conversations

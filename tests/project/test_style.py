@@ -1,6 +1,8 @@
 "The exported code stays easy to read: width of lines, size of functions, contents of lists named, one module for a public name."
 import ast
+import builtins
 import re
+import symtable
 from collections import Counter
 from pathlib import Path
 from statistics import median
@@ -75,6 +77,24 @@ def test_what_is_imported_is_used():
 def test_an_unused_import_is_seen():
     text = 'import os, json as j\nfrom a import b, c  # noqa: F401; registers itself\nfrom d import e\ndef f(x: "e"): return os.sep'
     assert list(unused_imports(ast.parse(text), text)) == ['json']
+
+
+def undefined(text):
+    "Names that some function takes from the module, and that the module does not have."
+    def scopes(scope): yield scope; yield from (x for child in scope.get_children() for x in scopes(child))
+    module = symtable.symtable(text, 'module', 'exec')
+    known = {s.get_name() for s in module.get_symbols() if s.is_assigned() or s.is_imported()} | {*dir(builtins), '__file__', '__name__', '__path__', '__version__'}
+    return sorted({s.get_name() for scope in scopes(module) for s in scope.get_symbols() if s.is_referenced() and s.is_global()} - known)
+
+
+def test_what_is_used_is_defined():
+    "A cell that is tested in its notebook may use what only the notebook imports."
+    found = {str(p.relative_to(ROOT)): names for p, text in SOURCES.items() if (names := undefined(text))}
+    assert not found
+
+
+def test_an_undefined_name_is_seen():
+    assert undefined('import re\ndef f(x):\n    def g(): return os.sep + x + str(re)\n    return g') == ['os']
 
 
 def test_the_measures_see_what_they_measure():

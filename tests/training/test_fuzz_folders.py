@@ -14,7 +14,8 @@ from opd_nb.core.errors import BadInput
 from opd_nb.models.lm import LM
 from opd_nb.monitor.report import run_report
 from opd_nb.tools.export_hf import find_student
-from opd_nb.training.checkpoints import check_resumable, open_folder, resume_run, unlock_folder
+from opd_nb.core.folders import open_folder, unlock_folder
+from opd_nb.training.checkpoints import check_resumable, resume_run
 from opd_nb.training.loop import train
 from opd_nb.training.setup import prepare
 

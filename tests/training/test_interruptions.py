@@ -8,7 +8,8 @@ from conftest import ROOT, slow
 from test_training import OPD, config, figures, flags, prompts, weights
 from opd_nb.core.errors import BadInput
 from opd_nb.monitor.run_log import read_log
-from opd_nb.training.checkpoints import newest_checkpoint, open_folder, save_student
+from opd_nb.core.folders import open_folder
+from opd_nb.training.checkpoints import newest_checkpoint, save_student
 from opd_nb.training.setup import prepare
 from opd_nb.training.loop import train
 
