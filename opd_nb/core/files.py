@@ -7,6 +7,7 @@ __all__ = ['CHECKSUMS', 'make_readable', 'move_into_place', 'write_whole', 'expa
            'write_checksums', 'damaged_files']
 
 # %% ../../nbs/01_core/00_files.ipynb #34232823
+import errno
 import hashlib
 import os
 import shutil
@@ -44,6 +45,7 @@ def write_whole(
 ):
     "Write a text file. Whatever ends this process, either the old text or the new one is there."
     path = Path(path)
+    if path.is_dir(): raise IsADirectoryError(errno.EISDIR, 'Is a directory', str(path))
     part = path.with_name(path.name + '.part')
     try:
         part.write_text(text, encoding='utf-8')

@@ -23,7 +23,7 @@ from markupsafe import Markup
 
 from ..core.html import html_image, html_table, on_page, write_page
 from ..core.text import as_shown_cell
-from .questions import Task
+from .lm_eval import Task
 from .models import Entry
 from .results import Comparison, Results, how_many
 from .plots import plot_curve, plot_task
