@@ -196,7 +196,6 @@ class HeadEvents:
         pools: Pools,     # of events
     ) -> Pools:           # of columns
         "These pools, and one for each other event that has a target and several ids."
-        pools = pools.to(t.device)
         alone = t[:, self.shared] > 0
         place = self.place[pools.column]
         alone[pools.row[place >= 0], place[place >= 0]] = False
@@ -302,6 +301,7 @@ def marginal_jsd(
     if len(rows) != len(s) or (rows[1:] <= rows[:-1]).any(): s = s[rows]
     t, certain = (x.to(s) for x in without_open(t, open_))
     missing = (1 - t.sum(-1)).clamp(min=0)  # what no student token can express
+    pools = pools.to(s.device)
     if beta == 0: values = target_kl(s, events.as_columns(t), events.pools(t, pools))
     else: values = jsd_with_outside(s.log_softmax(-1), t, missing, events, beta, pools)
     known = known & (certain > 1e-6)
