@@ -142,7 +142,7 @@ def test_quickstart_refuses(words, says, tmp_path):
     assert done.returncode != 0 and says in done.stderr and 'BadInput' in done.stderr
 
 
-@pytest.mark.parametrize('loss', ['strict', pytest.param('uld', marks=slow)])
+@pytest.mark.parametrize('loss', [pytest.param('strict', marks=slow), pytest.param('uld', marks=slow)])
 def test_quickstart_with_another_loss(loss, tmp_path):
     done = papermill(tmp_path, *SHORT, '-p', 'loss', loss, '-p', 'max_steps', '3')
     assert done.returncode == 0, done.stderr[-2000:]
@@ -189,6 +189,7 @@ def test_teachers_in_small(tmp_path):
     assert all(abs(a - b) < 1e-3 * b for a, b in zip(others[0], first)) and all(abs(a - b) < .3 * b for a, b in zip(others[1], first))
 
 
+@slow
 def test_loops_side_by_side_in_small(tmp_path):
     "Our loop and TRL's for two seconds each: the figures mean nothing, but all sides ran, and what TRL refuses it still refuses."
     small = dict(n_train=100, n_eval=10, batch=8, rate_steps=1, repeats=1, seconds=1, marks=1, max_new_tokens=8)
@@ -199,6 +200,7 @@ def test_loops_side_by_side_in_small(tmp_path):
     assert all(m['tokens_per_second'][side] > 0 and m['curves'][side]['steps'] > 1 for side in ('opd_nb', 'opd_nb, gold', 'TRL', 'TRL, mended', 'opd_nb, SentencePiece', 'TRL positional, SentencePiece'))
 
 
+@slow
 def test_gpu_in_small(tmp_path):
     "Shapes of a toy, on a CPU: each phase has its time, for adapters and for all weights."
     from opd_nb.models.lm import tiny_folder

@@ -60,8 +60,10 @@ def test_a_record_that_the_endpoint_refuses(mode, url, tmp_path):
         bad, = [s for s in signals if isinstance(s, BadInput)]
         assert 'refused' in str(bad) and 'HTTP 400' in str(bad)
         script[:] = ['too long'] * 30
-        with pytest.raises(TeacherGone, match='refuses every completion'):
-            teacher.score([Conversation(({'role': 'user', 'content': 'Make 7 from 3 4.'},))], [(b'3+4=7', True)], on_error='return')
+        one = [Conversation(({'role': 'user', 'content': 'Make 7 from 3 4.'},))], [(b'3+4=7', True)]
+        refused, = teacher.score(*one, on_error='return')  # a run counts it, and says so if nothing is left
+        assert refused.reason == 'refused'
+        with pytest.raises(TeacherGone, match='refuses every completion'): teacher.score(*one)
 
 
 def test_training_leaves_it_out(url, tmp_path):

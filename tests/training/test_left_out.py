@@ -36,7 +36,7 @@ def short_teacher(tmp_path):
 
 
 def settings(tmp_path, prompts, **kw):
-    kw = dict(student='tiny:student', data=str(prompts), output_dir=tmp_path / 'run', loss='gold', max_steps=2, batch=8, max_new_tokens=12, val_fraction=0, patience=0, device='cpu') | kw
+    kw = dict(student='tiny:student', data=str(prompts), output_dir=tmp_path / 'run', loss='gold', max_steps=6, batch=8, max_new_tokens=12, val_fraction=0, patience=0, device='cpu') | kw
     return OPDConfig(_env_file=None, **kw)
 
 
@@ -50,8 +50,8 @@ def test_texts_that_are_too_long_for_the_teacher_are_counted(tmp_path, short_tea
     n = sum(e['left_out'] for e in steps)
     assert n and any('texts_left_out' in w for e in steps for w in e.get('warnings', []))
     from opd_nb.monitor.report import end_of_run
-    assert f'the teacher left out {n} of 16 completions (too long {n})' in end_of_run(done.events, done.seconds)
-    assert f'left out {n} of 16 completions' in run_report(done.folder).read_text(encoding='utf-8')
+    assert f'the teacher left out {n} of 48 completions (too long {n})' in end_of_run(done.events, done.seconds)
+    assert f'left out {n} of 48 completions' in run_report(done.folder).read_text(encoding='utf-8')
 
 
 def test_a_run_of_which_nothing_could_be_learnt_is_refused(tmp_path, short_teacher):
@@ -61,7 +61,7 @@ def test_a_run_of_which_nothing_could_be_learnt_is_refused(tmp_path, short_teach
 
 
 def test_references_that_are_left_out_are_said_too(tmp_path, short_teacher):
-    done = train(settings(tmp_path, data(tmp_path, SHORT, LONG), teacher=short_teacher, method='kd', max_steps=3), progress=False)
+    done = train(settings(tmp_path, data(tmp_path, SHORT, LONG), teacher=short_teacher, method='kd', max_steps=6), progress=False)
     assert any('texts_left_out' in w for e in done.events for w in e.get('warnings', []))
 
 
@@ -145,4 +145,4 @@ def test_a_step_in_which_nothing_was_scored_has_no_loss(tmp_path):
     class Silent(Refusing):
         def score(self, conversations, completions, on_error='raise'): return [BadInput('record', 1, 'is refused', 'Be short.')] * len(completions)
     done = train(settings(tmp_path, data(tmp_path, SHORT), teacher='tiny:', val_fraction=.2, eval_every=1, max_steps=2), Silent(load_teacher('tiny:', OPDConfig(device='cpu', _env_file=None))), progress=False)
-    assert all(e['loss'] is None and not e['trained'] for e in done.events) and len(done.events) == 4
+    assert all(e['loss'] is None and not e['trained'] for e in done.events) and len(done.events) == 5

@@ -77,6 +77,7 @@ def test_saved_students_load_with_plain_libraries(prompts, tmp_path):
     AutoPeftModelForCausalLM.from_pretrained(student)
 
 
+@slow
 def test_command_function_and_notebook_agree(prompts, tmp_path):
     c = config(prompts, tmp_path / 'function', max_steps=2)
     train(c, progress=False)
