@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['target_columns', 'map_remainders', 'boundary_targets', 'target_inside', 'move_to_longer', 'add_inside_and_longer',
-           'prefix_targets', 'HeadEvents', 'ids_of_events', 'head_events', 'writes_whitespace_alone', 'Compared',
-           'without_open', 'jsd_with_outside', 'marginal_jsd', 'locate_sides', 'bpm']
+           'prefix_targets', 'end_to_end_ranges', 'HeadEvents', 'ids_of_events', 'head_events',
+           'writes_whitespace_alone', 'Compared', 'without_open', 'jsd_with_outside', 'marginal_jsd', 'locate_sides',
+           'bpm']
 
 # %% ../../nbs/04_losses/05_byte_prefix.ipynb #c003
 from collections.abc import Sequence
@@ -156,6 +157,16 @@ def prefix_targets(
     return t[:, :-1].clamp_(min=0), known
 
 # %% ../../nbs/04_losses/05_byte_prefix.ipynb #c025
+def end_to_end_ranges(
+    start: torch.Tensor,  # [K] first number of each range
+    stop: torch.Tensor,   # [K] one past its last
+) -> tuple[torch.Tensor, torch.Tensor]:  # which range each number is of, the numbers
+    "The numbers of all ranges, one range after the other."
+    n = stop - start
+    which = torch.arange(len(n), device=n.device).repeat_interleave(n)
+    nth = torch.arange(len(which), device=n.device) - (n.cumsum(0) - n)[which]
+    return which, start[which] + nth
+
 @dataclass(frozen=True)
 class HeadEvents:
     "The student's spellings, and its stop as the last event, among the columns of its head."
@@ -185,11 +196,8 @@ class HeadEvents:
         pools: Pools,     # of events
     ) -> Pools:           # of columns
         "Every event by all of its ids."
-        n_ids = (self.start[1:] - self.start[:-1])[pools.column]
-        entry = torch.arange(len(n_ids), device=n_ids.device).repeat_interleave(n_ids)
-        nth = torch.arange(len(entry), device=n_ids.device) - (n_ids.cumsum(0) - n_ids)[entry]
-        ids = self.ids[self.start[pools.column[entry]] + nth]
-        return Pools(pools.row[entry], ids, pools.pool[entry], pools.n)
+        entry, at = end_to_end_ranges(self.start[pools.column], self.start[pools.column + 1])
+        return Pools(pools.row[entry], self.ids[at], pools.pool[entry], pools.n)
 
     def pools(self,
         t: torch.Tensor,  # [U, E + 1] target

@@ -26,7 +26,7 @@ from .divergences import NO_POOLS, Pools, jsd, target_kl, with_rest
 from .chunked import LossOutput, Block, sum_over_blocks
 from .registry import register_loss
 from .matched import gkd, merge_chunks
-from .byte_prefix import HeadEvents, head_events, start_offsets, target_columns
+from .byte_prefix import HeadEvents, end_to_end_ranges, head_events, start_offsets, target_columns
 
 # %% ../../nbs/04_losses/08_subword.ipynb #c006
 @dataclass(frozen=True)
@@ -234,10 +234,8 @@ def next_tokens(
     tables: SpellingTables,  # of the pair
 ) -> Pools:                  # of columns of the head, one pool for each group
     "The student tokens that go on with each group."
-    n_tokens = pending.hi - pending.lo
-    which = torch.arange(len(n_tokens), device=n_tokens.device).repeat_interleave(n_tokens)
-    nth = torch.arange(len(which), device=which.device) - (n_tokens.cumsum(0) - n_tokens)[which]
-    events = Pools(pending.row[which], pending.lo[which] + nth, which, len(n_tokens))
+    which, event = end_to_end_ranges(pending.lo, pending.hi)
+    events = Pools(pending.row[which], event, which, len(pending.group))
     return tables.student.by_ids(events)
 
 def child_terms(
