@@ -15,7 +15,8 @@ from typing import Callable
 from ..core.errors import BadInput
 from ..core.types import Conversation
 from ..alignment.chat import open_ended, text_of
-from ..models.lm import LM, write
+from ..models.lm import LM
+from ..models.writing import write
 
 # %% ../../nbs/10_eval/02_scoring.ipynb #c006
 def answer(

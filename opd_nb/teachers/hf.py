@@ -13,7 +13,8 @@ import torch
 from ..core.errors import BadInput
 from ..core.types import Conversation, FullSignal
 from ..core.config import OPDConfig
-from ..models.lm import LM, read, tiny_folder, write
+from ..models.lm import LM, read, tiny_folder
+from ..models.writing import write
 from ..losses.likelihood import token_logprobs
 from .base import (Capabilities, EncodedRecord, Teacher, decode_completions,
                                   encode_records, register_teacher, row_blocks, secret_value)

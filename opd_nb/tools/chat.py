@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 
 from ..core.errors import BadInput, printable
 from ..core.types import Conversation
-from ..models.lm import LM, write
+from ..models.lm import LM
+from ..models.writing import write
 from ..training.rollouts import rollout
 from .export_hf import find_student
 

@@ -16,7 +16,8 @@ import torch
 from ..core.errors import BadInput
 from ..core.types import Conversation, Rollout
 from ..alignment.chat import ChatCodec
-from ..models.lm import LM, write
+from ..models.lm import LM
+from ..models.writing import write
 
 # %% ../../nbs/09_training/01_rollouts.ipynb #c006
 def uniforms(
@@ -32,33 +33,28 @@ def uniforms(
     return torch.tensor(np.stack(numbers))
 
 # %% ../../nbs/09_training/01_rollouts.ipynb #c009
+@dataclass(frozen=True)
 class KeyedSampler:
-    "Logits processor that samples each row with its own random numbers."
-    def __init__(self,
-        numbers: torch.Tensor,   # [rows, max_new_tokens] from `uniforms`
-        temperature: float = 1.0,
-        top_p: float = 1.0,      # keep the most probable tokens that together have this probability
-    ):
-        self.numbers = numbers
-        self.temperature = temperature
-        self.top_p = top_p
-        self.position = 0        # of the next token
+    "Samples each row with its own random numbers."
+    numbers: torch.Tensor    # [rows, max_new_tokens] from `uniforms`
+    temperature: float = 1.0
+    top_p: float = 1.0       # keep the most probable tokens that together have this probability
 
     def __call__(self,
-        input_ids,               # [rows, so far]; not used
-        scores: torch.Tensor,    # [rows, V] logits
-    ) -> torch.Tensor:           # [rows, V]: 0 at the sampled token, -inf elsewhere
-        p = (scores.float() / self.temperature).softmax(-1)
+        logits: torch.Tensor,    # [lines, V]
+        rows: torch.Tensor,      # [lines] their rows in the batch
+        n_written: int,          # tokens that each of them has
+    ) -> torch.Tensor:           # [lines] the next token of each
+        p = (logits.float() / self.temperature).softmax(-1)
         order = None
         if self.top_p < 1:
             p, order = p.sort(-1, descending=True)
             p = p.masked_fill(p.cumsum(-1) - p >= self.top_p, 0)
         cumulative = p.cumsum(-1)
-        u = self.numbers[:, self.position].to(p.device)[:, None] * cumulative[:, -1:]
+        u = self.numbers[rows, n_written].to(p.device)[:, None] * cumulative[:, -1:]
         pick = torch.searchsorted(cumulative, u, right=True).clamp(max=p.shape[1] - 1)
         if order is not None: pick = order.gather(1, pick)
-        self.position += 1
-        return torch.full_like(scores, -torch.inf).scatter(1, pick, 0)
+        return pick[:, 0]
 
 # %% ../../nbs/09_training/01_rollouts.ipynb #c013
 @dataclass(frozen=True)
@@ -149,7 +145,7 @@ def rollout(
         rows = order[start:start + batch]
         numbers = uniforms(seed, step, [first_row + i for i in rows], max_new_tokens)
         sampler = KeyedSampler(numbers, temperature, top_p)
-        sampled = write(lm, [prompts[i].ids for i in rows], max_new_tokens, [sampler])
+        sampled = write(lm, [prompts[i].ids for i in rows], max_new_tokens, sampler)
         for i, ids in zip(rows, sampled):
             data, ends, stopped = lm.codec.read(ids)
             rollouts[i] = Rollout(prompts[i].conversation, tuple(prompts[i].ids), tuple(ids),

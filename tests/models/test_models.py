@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from conftest import slow
 from opd_nb.core.types import Conversation
 from opd_nb.models.lm import LM
 from opd_nb.teachers.hf import HFTeacher
@@ -24,7 +25,7 @@ print(hasattr(lm.model, 'merge_and_unload'), lm.codec.tok.pad_token, float(said.
 """
 
 
-@pytest.mark.parametrize('own_tokenizer', [False, True])
+@pytest.mark.parametrize('own_tokenizer', [pytest.param(False, marks=slow), True])
 def test_adapters_of_the_hub_are_adapters(own_tokenizer, tmp_path, monkeypatch):
     "They stand on their base, with its tokenizer unless they brought another."
     torch.manual_seed(0)

@@ -69,14 +69,13 @@ from opd_nb.losses.registry import LOSSES
 assert 'left' not in LOSSES and 'LEFT_BEHIND' not in os.environ and torch.get_default_dtype() == torch.float32"""
 
 
-@pytest.mark.parametrize('cells, says', [
-    ([LEAVES, FINDS_NOTHING], '2 notebooks'),
-    (['assert 1 == 2', 'assert 1 == 1'], 'failed: '),
-    (['import os; os._exit(3)', '1'], 'ended with code 3')], ids=['left behind', 'fails', 'crashes'])
-def test_the_runner_gives_each_notebook_a_process(cells, says, tmp_path):
-    "By the runner of `make test`: what the first leaves behind, the second does not find; failures fail the run."
-    paths = [tmp_path / f'{i}.ipynb' for i in range(len(cells))]
-    for path, cell in zip(paths, cells): nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell)]), path)
+def test_the_runner_gives_each_notebook_a_process(tmp_path):
+    "What a notebook leaves behind, the next does not find; a failure and a crash fail the run, and no other notebook."
+    cells = dict(a_leaves=LEAVES, b_finds=FINDS_NOTHING, c_fails='assert 1 == 2', d_ends='import os; os._exit(3)', e_passes='1')
+    paths = [tmp_path / f'{name}.ipynb' for name in cells]
+    for path, cell in zip(paths, cells.values()):
+        nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell)]), path)
     done = subprocess.run([sys.executable, ROOT / '.ci' / 'notebooks.py', *paths, '--workers', '1'], capture_output=True, text=True)
-    assert says in done.stdout and done.returncode == int('all passed' not in done.stdout), done.stdout + done.stderr[-1000:]
-    assert ('all passed' in done.stdout) == (cells[0] == LEAVES)
+    failed = done.stdout.split('failed: ')[1]
+    assert done.returncode == 1 and '5 notebooks' in done.stdout and 'ended with code 3' in done.stdout
+    assert [name for name in cells if name in failed] == ['c_fails', 'd_ends'], done.stdout + done.stderr[-1000:]

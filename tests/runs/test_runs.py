@@ -50,6 +50,7 @@ def test_quickstart_leaves_what_it_promises(first):
     assert AutoModelForCausalLM.from_pretrained(first / 'run' / 'final').num_parameters() > 1e5
 
 
+@slow
 def test_same_seed_same_figures_without_network(first, tmp_path):
     "The second run has no network; the first may have had one."
     wrap = cut_off()
