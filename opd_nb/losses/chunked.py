@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['span_positions', 'CompactUnits', 'compact', 'group_by_rows', 'UnitRange', 'HeadBlock', 'plan_blocks', 'add_product',
-           'loss_of_part', 'LossOutput', 'Block', 'block_rows', 'unit_weights', 'sum_over_blocks', 'trajectory_weights',
-           'chunk_weights', 'score_weights']
+           'loss_of_part', 'sum_and_gradients', 'LossOutput', 'Block', 'block_rows', 'unit_weights', 'sum_over_blocks',
+           'trajectory_weights', 'chunk_weights', 'score_weights']
 
 # %% ../../nbs/04_losses/02_chunked.ipynb #h003
 from collections.abc import Callable, Sequence
@@ -174,30 +174,47 @@ class _Gradients:
         return [g if g is None else g.to(x.dtype) for g, x in zip(grads, self.inputs)]
 
 # %% ../../nbs/04_losses/02_chunked.ipynb #c015
+def sum_and_gradients(
+    grads: _Gradients,         # zeros, to be added to
+    head: Head,                # the student's
+    blocks: list[HeadBlock],
+    value: Callable,           # (block, part, logits) -> scalar
+) -> torch.Tensor:             # scalar
+    "Sum of `value` over all blocks."
+    hidden, weight, _ = grads.inputs
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    total = torch.zeros((), dtype=dtype, device=hidden.device)
+    for block in blocks:
+        rows = block.whole.student
+        logits = hidden[rows] if weight is None else hidden[rows] @ weight.T
+        d_logits = grads.on_logits(rows, logits)
+        for part in block.parts:
+            at = slice(part.student.start - rows.start, part.student.stop - rows.start)
+            d_part = None if d_logits is None else d_logits[at]
+            total += loss_of_part(part, logits[at], d_part, head, partial(value, block))
+        if d_logits is not None: grads.add(rows, d_logits)
+    return total
+
 class _BlockSum(torch.autograd.Function):
     "Sum of `value` over all blocks, with gradients on hidden states, head weight and bias."
     @staticmethod
-    def forward(ctx, hidden, weight, bias, head, blocks, value):
-        # value: (block, part, logits) -> scalar
+    def forward(ctx, hidden, weight, bias, *rest):  # rest: see `sum_and_gradients`
         grads = _Gradients(hidden, weight, bias, ctx.needs_input_grad[:3])
-        dtype = torch.promote_types(hidden.dtype, torch.float32)
-        total = torch.zeros((), dtype=dtype, device=hidden.device)
-        for block in blocks:
-            rows = block.whole.student
-            logits = hidden[rows] if weight is None else hidden[rows] @ weight.T
-            d_logits = grads.on_logits(rows, logits)
-            for part in block.parts:
-                at = slice(part.student.start - rows.start, part.student.stop - rows.start)
-                d_part = None if d_logits is None else d_logits[at]
-                total += loss_of_part(part, logits[at], d_part, head, partial(value, block))
-            if d_logits is not None: grads.add(rows, d_logits)
-        ctx.save_for_backward(*grads.in_input_types())
+        total = sum_and_gradients(grads, *rest)
+        ctx.save_for_backward(hidden, weight, bias)
+        ctx.rest, ctx.grads = rest, grads.in_input_types()
         return total
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        scaled = [g if g is None or grad == 1 else g * grad for g in ctx.saved_tensors]
-        return *scaled, None, None, None
+        grads, ctx.grads = ctx.grads, None  # handed on and not copied: one may be as large as a head
+        if grads is None:  # the second pass through this graph
+            again = _Gradients(*ctx.saved_tensors, ctx.needs_input_grad[:3])
+            sum_and_gradients(again, *ctx.rest)
+            grads = again.in_input_types()
+        if grad != 1: grads = [g if g is None else g.mul_(grad) for g in grads]
+        return *grads, None, None, None
 
 # %% ../../nbs/04_losses/02_chunked.ipynb #c028
 @dataclass(frozen=True)

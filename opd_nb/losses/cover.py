@@ -8,7 +8,6 @@ __all__ = ['add_mass', 'first_targets', 'PathStep', 'OwnPath', 'follow_own_path'
            'add_after_complete', 'find_undecided', 'canonical_targets', 'CoverTargets', 'cover_targets', 'cover']
 
 # %% ../../nbs/04_losses/07_cover.ipynb #c003
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -165,17 +164,21 @@ def choices_covering(
 
 # %% ../../nbs/04_losses/07_cover.ipynb #w118
 def join_overlapping(
-    sets: list[Sequence[int]],  # of elements
-) -> list[np.ndarray]:          # disjoint, each sorted
-    "Join sets that share an element: the connected parts of a graph of sets and elements."
-    if len(sets) == 1: return [np.sort(sets[0])]
-    which, element = end_to_end([np.asarray(x, np.int64) for x in sets])
-    elements, column = np.unique(element, return_inverse=True)
-    n_nodes = len(sets) + len(elements)
-    edges = coo_array((np.ones(len(which)), (which, len(sets) + column)), (n_nodes, n_nodes))
+    sets: list[tuple[int, np.ndarray]],  # unit, student events
+) -> dict[int, list[np.ndarray]]:        # unit -> disjoint groups, each sorted
+    "Join the sets of a unit that share an event: connected parts of a graph of sets and events."
+    if not sets: return {}
+    which, event = end_to_end([events for _, events in sets])
+    unit, n_events = np.array([unit for unit, _ in sets]), event.max() + 1
+    found, node = np.unique(unit[which] * n_events + event, return_inverse=True)
+    n_nodes = len(sets) + len(found)
+    edges = coo_array((np.ones(len(which)), (which, len(sets) + node)), (n_nodes, n_nodes))
     part = connected_components(edges, directed=False)[1][len(sets):]
     order = np.argsort(part, kind='stable')
-    return np.split(elements[order], np.flatnonzero(np.diff(part[order])) + 1)
+    groups = {}
+    for group in np.split(found[order], np.flatnonzero(np.diff(part[order])) + 1):
+        groups.setdefault(int(group[0] // n_events), []).append(group % n_events)
+    return groups
 
 def undecided_groups(
     choices: list[Choice],        # tokens that may come
@@ -184,13 +187,13 @@ def undecided_groups(
     queries: PrefixQueries,               # of the pair
 ) -> dict[int, list[np.ndarray]]:  # unit -> disjoint groups of student events
     "The student tokens that are compared as one event, because the teacher did not say which."
-    at, found = rows.at.tolist(), {}
+    at, found = rows.at.tolist(), []
     for unit, ahead, written, known, event in choices:
         followed = 0 <= ahead < len(upcoming[unit])
         if followed and event == rows.events[at[unit] + ahead]: continue  # what comes next is known
         tokens = queries.undecided_group(written, known, event)
-        if tokens is not None: found.setdefault(unit, []).append(tokens)
-    return {unit: join_overlapping(sets) for unit, sets in found.items()}
+        if tokens is not None: found.append((unit, tokens))
+    return join_overlapping(found)
 
 # %% ../../nbs/04_losses/07_cover.ipynb #c035
 @dataclass(frozen=True)

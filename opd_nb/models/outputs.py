@@ -168,4 +168,4 @@ def teacher_side(
 # logits of one block, student's and teacher's together
 BLOCK_BYTES = dict(cpu=128 * 2**20, cuda=512 * 2**20, mps=128 * 2**20)
 # of these, what a loss works on at a time; all of them where it is not said
-LOSS_BYTES = dict(cpu=4 * 2**20)
+LOSS_BYTES = dict(cpu=16 * 2**20)
