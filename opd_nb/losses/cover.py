@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['add_mass', 'first_targets', 'PathStep', 'OwnPath', 'follow_own_path', 'end_to_end', 'rows_of_steps', 'share_out',
-           'Choice', 'choices_ahead', 'choices_covering', 'join_overlapping', 'undecided_groups', 'Undecided',
+           'Choice', 'choices_ahead', 'choices_covering', 'join_overlapping', 'undecided_groups', 'after_complete',
            'add_after_complete', 'find_undecided', 'canonical_targets', 'CoverTargets', 'cover_targets', 'cover']
 
 # %% ../../nbs/04_losses/07_cover.ipynb #c003
@@ -25,7 +25,7 @@ from ..models.outputs import Side
 from .chunked import LossOutput, Block, sum_over_blocks
 from .registry import register_loss
 from .matched import gkd
-from .divergences import Pools
+from .divergences import NO_POOLS, Pools
 from .byte_prefix import target_columns, head_events, marginal_jsd, writes_whitespace_alone
 from .covering import (
     Covering, Positions, TeacherRows, covering_tokens, find_positions, path_logprobs, teacher_rows)
@@ -165,27 +165,26 @@ def choices_covering(
 # %% ../../nbs/04_losses/07_cover.ipynb #w118
 def join_overlapping(
     sets: list[tuple[int, np.ndarray]],  # unit, student events
-) -> dict[int, list[np.ndarray]]:        # unit -> disjoint groups, each sorted
+) -> Pools:                              # of student events, by unit
     "Join the sets of a unit that share an event: connected parts of a graph of sets and events."
-    if not sets: return {}
+    if not sets: return NO_POOLS
     which, event = end_to_end([events for _, events in sets])
     unit, n_events = np.array([unit for unit, _ in sets]), event.max() + 1
     found, node = np.unique(unit[which] * n_events + event, return_inverse=True)
     n_nodes = len(sets) + len(found)
     edges = coo_array((np.ones(len(which)), (which, len(sets) + node)), (n_nodes, n_nodes))
-    part = connected_components(edges, directed=False)[1][len(sets):]
+    n, part = connected_components(edges, directed=False)
+    part = part[len(sets):]
     order = np.argsort(part, kind='stable')
-    groups = {}
-    for group in np.split(found[order], np.flatnonzero(np.diff(part[order])) + 1):
-        groups.setdefault(int(group[0] // n_events), []).append(group % n_events)
-    return groups
+    unit, event = np.divmod(found[order], n_events)
+    return Pools(*map(torch.as_tensor, (unit, event, part[order].astype(np.int64))), n)
 
 def undecided_groups(
     choices: list[Choice],        # tokens that may come
     rows: TeacherRows,         # of the block
     upcoming: list[list[bytes]],  # [U] see `Positions`
     queries: PrefixQueries,               # of the pair
-) -> dict[int, list[np.ndarray]]:  # unit -> disjoint groups of student events
+) -> Pools:                        # of student events, by unit
     "The student tokens that are compared as one event, because the teacher did not say which."
     at, found = rows.at.tolist(), []
     for unit, ahead, written, known, event in choices:
@@ -196,40 +195,38 @@ def undecided_groups(
     return join_overlapping(found)
 
 # %% ../../nbs/04_losses/07_cover.ipynb #c035
-@dataclass(frozen=True)
-class Undecided:
-    "Student tokens that are compared as one event, by unit."
-    groups: dict[int, list[np.ndarray]]    # disjoint groups of student events
-    after_complete: dict[int, np.ndarray]  # [E + 1] bool: may follow a complete token
-
-    def pools(self) -> Pools:
-        "The same as pools of events."
-        of_groups = [(unit, group) for unit, of in self.groups.items() for group in of]
-        of_complete = [(unit, np.flatnonzero(mask)) for unit, mask in self.after_complete.items()]
-        found = of_groups + of_complete
-        number, event = end_to_end([events for _, events in found])
-        unit = np.array([unit for unit, _ in found], np.int64)[number]
-        return Pools(*map(torch.as_tensor, (unit, event, number)), len(found))
-
-def add_after_complete(
-    groups: dict[int, list[np.ndarray]],  # see `undecided_groups`
+def after_complete(
     covering: Covering,       # of the block
-    queries: PrefixQueries,                      # of the pair
-    min_prob: float,                     # least probability of a complete token
-) -> Undecided:
-    "Add what may follow a complete token. Groups that share a token with it become part of it."
-    apart, after_complete = dict(groups), {}
-    complete = (covering.complete > min_prob).tolist()
+    queries: PrefixQueries,   # of the pair
+    min_prob: float,          # least probability of a complete token
+) -> list[tuple[int, np.ndarray]]:  # unit, [E + 1] bool: may follow its token
+    "The student events, the stop among them, that may follow a token that is complete."
+    complete, found = (covering.complete > min_prob).tolist(), []
     for unit, back, written in covering.found.prefixes:
         if back or not complete[unit]: continue
         mask = np.ones(len(queries.px.student) + 1, bool)
         for lo, hi in queries.excluded_student_tokens(written): mask[lo:hi] = False
-        of_unit = groups.get(unit, [])
-        met = {i for i, group in enumerate(of_unit) if mask[group].any()}
-        for i in met: mask[of_unit[i]] = True
-        if met: apart[unit] = [group for i, group in enumerate(of_unit) if i not in met]
-        after_complete[unit] = mask
-    return Undecided(apart, after_complete)
+        found.append((unit, mask))
+    return found
+
+def add_after_complete(
+    groups: Pools,            # see `undecided_groups`
+    following: list[tuple[int, np.ndarray]],  # see `after_complete`
+) -> Pools:
+    "Add what may follow a complete token. Groups that share a token with it become part of it."
+    if not following: return groups
+    row, column, group = (x.numpy() for x in (groups.row, groups.column, groups.pool))
+    apart, added = np.ones(groups.n, bool), []
+    for unit, mask in following:
+        here = row == unit
+        apart[group[here][mask[column[here]]]] = False
+        joined = mask.copy()
+        joined[column[here & ~apart[group]]] = True
+        added.append((unit, np.flatnonzero(joined)))
+    number, event = end_to_end([events for _, events in added])
+    unit = np.array([unit for unit, _ in added])[number]
+    large = Pools(*map(torch.as_tensor, (unit, event, number)), len(added))
+    return groups.select(torch.as_tensor(apart)).and_also(large)
 
 def find_undecided(
     rows: TeacherRows,         # of the block
@@ -238,12 +235,12 @@ def find_undecided(
     upcoming: list[list[bytes]],  # [U] see `Positions`
     queries: PrefixQueries,               # of the pair
     min_prob: float,              # less likely tokens are not looked at
-) -> Undecided:
+) -> Pools:                        # of student events, by unit
     "All student tokens that are compared as one event."
     choices = choices_ahead(rows, covering, path, queries, min_prob)
     choices += choices_covering(covering, min_prob)
     groups = undecided_groups(choices, rows, upcoming, queries)
-    return add_after_complete(groups, covering, queries, min_prob)
+    return add_after_complete(groups, after_complete(covering, queries, min_prob))
 
 # %% ../../nbs/04_losses/07_cover.ipynb #q005
 def canonical_targets(
@@ -271,7 +268,7 @@ class CoverTargets:
     "What the teacher's bytes to come say of the student's next token."
     probs: torch.Tensor   # [U, E + 2] of the student's events, of its stop, of what is not known
     known: torch.Tensor   # [U] bool: has a target
-    undecided: Undecided  # events that are compared as one
+    undecided: Pools      # events that are compared as one
 
 def cover_targets(
     q: torch.Tensor,           # [M, V_t] the teacher's probabilities
@@ -328,7 +325,7 @@ def cover(
     def value(s, q, block):
         t = cover_targets(q, block, positions, queries, vocab.stops[1], min_prob, min_left)
         compared = marginal_jsd(
-            s, block, t.probs, t.known, events, beta, pools=t.undecided.pools())
+            s, block, t.probs, t.known, events, beta, pools=t.undecided)
         unmapped.append(compared.unmapped)
         return compared.values, compared.counts
 

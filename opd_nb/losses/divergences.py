@@ -81,6 +81,21 @@ class Pools:
         number = wanted.cumsum(0) - 1
         return Pools(self.row[entry], self.column[entry], number[self.pool[entry]], int(wanted.sum()))
 
+    def and_also(self,
+        other: 'Pools',    # of other columns
+    ) -> 'Pools':
+        "These pools and those, as one."
+        return Pools(torch.cat([self.row, other.row]), torch.cat([self.column, other.column]),
+                     torch.cat([self.pool, other.pool + self.n]), self.n + other.n)
+
+    def by_row(self) -> dict[int, list[list[int]]]:
+        "The columns of each pool of each row."
+        pools = [[] for _ in range(self.n)]
+        for pool, column in zip(self.pool.tolist(), self.column.tolist()): pools[pool].append(column)
+        found = {}
+        for row, pool in zip(self.row[self.first()].tolist(), pools): found.setdefault(row, []).append(pool)
+        return found
+
 NO_POOLS = Pools(*torch.zeros(3, 0, dtype=torch.long), 0)
 
 # %% ../../nbs/04_losses/01_divergences.ipynb #k003
