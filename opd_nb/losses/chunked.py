@@ -124,15 +124,20 @@ def add_product(
 def loss_of_part(
     part: UnitRange,                # whose value is wanted
     logits: torch.Tensor,           # [R, V] of its rows, before the head's bias, scale and softcap
-    d_logits: torch.Tensor | None,  # [R, V] the gradient is added here; None if nobody needs it
+    d_logits: torch.Tensor | None,  # [R, V] where the gradient goes; None if nobody needs it
     head: Head,                     # the student's
     value: Callable,                # (part, finished logits) -> scalar
 ) -> torch.Tensor:                  # the value, without gradient
-    "Value of one part of a block; adds its gradient on the logits to `d_logits`."
+    "Value of one part of a block; its gradient on the logits takes their place or is added."
+    in_place = d_logits is not None and d_logits.data_ptr() == logits.data_ptr()
     logits = logits.detach().requires_grad_()
     with torch.set_grad_enabled(d_logits is not None):
         total = value(part, head.finish(logits))
-    if total.requires_grad: d_logits += torch.autograd.grad(total, logits)[0]
+    if total.requires_grad:
+        gradient = torch.autograd.grad(total, logits)[0]
+        if in_place: d_logits.copy_(gradient)
+        else: d_logits += gradient
+    elif in_place: d_logits.zero_()
     return total.detach()
 
 # %% ../../nbs/04_losses/02_chunked.ipynb #u008
@@ -151,12 +156,16 @@ class _Gradients:
             for x, need in ((weight, needed[1]), (bias, needed[2])))
 
     def on_logits(self,
-        rows: slice,           # of the block
+        block: HeadBlock,
         logits: torch.Tensor,  # [R, V] of the block
     ) -> torch.Tensor | None:
-        "Where the gradient on the block's logits is summed; in place if logits are hidden states."
+        """Where the gradient on the block's logits goes. It takes their place, if they are not the
+        hidden states themselves, and if the parts divide the rows of the block."""
+        rows, parts = block.whole.student, [part.student for part in block.parts]
         if not self.any: return None
-        return self.hidden[rows] if self.inputs[1] is None else torch.zeros_like(logits)
+        if self.inputs[1] is None: return self.hidden[rows]
+        end_to_end = [rows.start, *(p.stop for p in parts)] == [*(p.start for p in parts), rows.stop]
+        return logits if end_to_end else torch.zeros_like(logits)
 
     def add(self,
         rows: slice,             # of the block
@@ -187,7 +196,7 @@ def sum_and_gradients(
     for block in blocks:
         rows = block.whole.student
         logits = hidden[rows] if weight is None else hidden[rows] @ weight.T
-        d_logits = grads.on_logits(rows, logits)
+        d_logits = grads.on_logits(block, logits)
         for part in block.parts:
             at = slice(part.student.start - rows.start, part.student.stop - rows.start)
             d_part = None if d_logits is None else d_logits[at]
