@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['CleanLines', 'set_up_logging', 'pass_on_keys', 'failed', 'main', 'demo', 'examined', 'doctor', 'step', 'data',
-           'read_model', 'synth', 'validate', 'sample_lines', 'print_outcome', 'train', 'eval_', 'report', 'chat_flags',
-           'check_countdown', 'typed_lines', 'chat', 'export_flags', 'export', 'cache_line', 'cache', 'notebooks']
+           'read_model', 'check_flag_names', 'synth', 'validate', 'sample_lines', 'print_outcome', 'train', 'eval_',
+           'report', 'chat_flags', 'check_countdown', 'typed_lines', 'chat', 'export_flags', 'export', 'cache_line',
+           'cache', 'notebooks']
 
 # %% ../../nbs/13_cli/04_app.ipynb #h003
 import json
@@ -178,12 +179,31 @@ def read_model(
     given = vars(flags.parse_args(argv)).items()
     return check_settings(model, {name: value for name, value in given if value is not None})
 
+# %% ../../nbs/13_cli/04_app.ipynb #05bfacb8
+def check_flag_names(
+    module: str,            # of the package, such as 'data.dataset'
+    model: str,             # a settings class in it
+    argv: list[str],        # words after the subcommand
+):
+    "Raise `BadInput` for a mistyped flag. The class is read, not imported."
+    import ast
+    from importlib.util import find_spec
+    source = Path(find_spec(f'opd_nb.{module}').origin).read_text(encoding='utf-8')
+    found = next(x for x in ast.parse(source).body
+                 if isinstance(x, ast.ClassDef) and x.name == model)
+    names = [x.target.id for x in found.body if isinstance(x, ast.AnnAssign)]
+    flags = ['-h', '--help', *('--' + name.replace('_', '-') for name in names)]
+    for word in argv:
+        flag = word.partition('=')[0]
+        if re.match('--[a-z]', word) and flag not in flags: raise unknown('flag', flag, flags)
+
 # %% ../../nbs/13_cli/04_app.ipynb #c021
 @command
 def synth(
     argv: list[str],    # settings
 ) -> int:
     "Make a data set: opd synth --backend local --teacher tiny: --n 200 --out data"
+    check_flag_names('data.dataset', 'SynthSettings', argv)
     from opd_nb.lab import countdown
     from opd_nb.data.dataset import SynthSettings, synthesize
     settings = read_model(SynthSettings, argv, 'opd synth')
@@ -205,6 +225,7 @@ def validate(
     argv: list[str],    # data, settings
 ) -> int:
     "Ask whether a teacher agrees with a data set: opd validate data/combined_200.jsonl --teacher tiny:"
+    check_flag_names('data.agreement', 'ValidateSettings', argv)
     from opd_nb.data import agreement
     s = read_model(agreement.ValidateSettings, argv, 'opd validate', 'data')
     found = agreement.validate(s.data, s.teacher, s.n, s.student, s.k, s.max_new_tokens, s.seed)
@@ -244,7 +265,7 @@ def print_outcome(
 def train(
     argv: list[str],    # settings
 ) -> int:
-    "Distil a teacher into a student: opd train --preset laptop"
+    "Distil a teacher into a student: opd train --preset laptop --output-dir runs/laptop"
     dry_run = 'look at the run as opd doctor does, and stop there'
     config, given = settings_and_flags(argv, 'opd train', switches=dict(dry_run=dry_run))
     from opd_nb.core.config import require_teacher
