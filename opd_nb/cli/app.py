@@ -283,7 +283,7 @@ def train(
 def eval_(
     argv: list[str],    # models, tasks, settings
 ) -> int:               # 1 if something failed
-    "Compare students on tasks: opd eval --models base=tiny:student best=runs/opd/best --tasks countdown --limit 50"
+    "Compare students on tasks: opd eval --models base=tiny:student best=runs/laptop/best --tasks countdown --limit 50"
     from opd_nb.cli.eval import run_eval
     return run_eval(argv)
 

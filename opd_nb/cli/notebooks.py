@@ -240,7 +240,7 @@ def demo_plan(
         lines.append(f'Then comes a control: {extra} steps with the scores of other puzzles. '
                      'They must not help.')
     lines += [
-        'With the defaults it takes about 3 minutes on two quiet cores, and more on busy ones.',
+        'With the defaults it takes about 4 minutes on two quiet cores, and more on busy ones.',
         f'Everything goes to {folder}',
     ]
     if (asked['student'], asked['teacher']) != ("'tiny:student'", "'tiny:teacher'"):
