@@ -189,7 +189,7 @@ def run_notebook(
             str(source), str(out), parameters=parameters, kernel_name='python3',
             engine_name=announcing_engine(), progress_bar=False,
             stdout_file=sys.stdout, stderr_file=sys.stderr,
-            extra_arguments=['--IPKernelApp.log_level=40'])
+            extra_arguments=['--IPKernelApp.log_level=50'])
     except papermill.PapermillExecutionError as e:
         raise BadInput('notebook', name, f'stopped: {e.ename}: {e.evalue}',
                        f'The notebook as far as it got is {out}.') from None
