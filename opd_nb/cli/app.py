@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['CleanLines', 'set_up_logging', 'pass_on_keys', 'failed', 'main', 'demo', 'examined', 'doctor', 'step', 'data',
-           'read_model', 'check_flag_names', 'synth', 'validate', 'sample_lines', 'print_outcome', 'train', 'eval_',
-           'report', 'chat_flags', 'check_countdown', 'typed_lines', 'chat', 'export_flags', 'export', 'cache_line',
-           'cache', 'notebooks']
+           'read_model', 'synth', 'validate', 'sample_lines', 'print_outcome', 'train', 'eval_', 'report', 'chat_flags',
+           'check_countdown', 'typed_lines', 'chat', 'export_flags', 'export', 'cache_line', 'cache', 'notebooks']
 
 # %% ../../nbs/13_cli/04_app.ipynb #h003
 import json
@@ -22,7 +21,8 @@ from typing import TYPE_CHECKING
 from .. import __version__
 from ..core.crashes import guarded
 from ..core.errors import BadInput, TeacherGone, printable, unknown
-from .commands import COMMANDS, command, read_settings, settings_and_flags, summary, usage
+from .commands import (COMMANDS, check_flag_names, command, read_settings,
+                                 settings_and_flags, summary, usage)
 from .notebooks import (copy_notebooks, demo_parameters, demo_plan, notebook_folder,
                                   quickstart_parameters, run_notebook)
 
@@ -178,24 +178,6 @@ def read_model(
         flags.add_argument(flag, help=about.replace('%', '%%'), **options)
     given = vars(flags.parse_args(argv)).items()
     return check_settings(model, {name: value for name, value in given if value is not None})
-
-# %% ../../nbs/13_cli/04_app.ipynb #05bfacb8
-def check_flag_names(
-    module: str,            # of the package, such as 'data.dataset'
-    model: str,             # a settings class in it
-    argv: list[str],        # words after the subcommand
-):
-    "Raise `BadInput` for a mistyped flag. The class is read, not imported."
-    import ast
-    from importlib.util import find_spec
-    source = Path(find_spec(f'opd_nb.{module}').origin).read_text(encoding='utf-8')
-    found = next(x for x in ast.parse(source).body
-                 if isinstance(x, ast.ClassDef) and x.name == model)
-    names = [x.target.id for x in found.body if isinstance(x, ast.AnnAssign)]
-    flags = ['-h', '--help', *('--' + name.replace('_', '-') for name in names)]
-    for word in argv:
-        flag = word.partition('=')[0]
-        if re.match('--[a-z]', word) and flag not in flags: raise unknown('flag', flag, flags)
 
 # %% ../../nbs/13_cli/04_app.ipynb #c021
 @command
