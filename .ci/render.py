@@ -54,6 +54,18 @@ def links_of(page):
     return [h.partition('#')[0] for h in re.findall(r'<(?:a|img)\b[^>]*?(?:href|src)="([^"]+)"', page) if h.partition('#')[0] and not re.match(r'[a-z]+:', h)]
 
 
+def without_outside_links(
+    page: str,      # HTML
+    folder: Path,   # of its notebook
+) -> str:
+    "The page with links to files outside nbs/, which are no part of the rendered pages, as plain text."
+    def kept(m):
+        file = (folder / m[1]).resolve()
+        is_page = re.match(r'[a-z]+:', m[1]) or file.is_relative_to(ROOT / 'nbs')
+        return m[0] if is_page or not file.exists() else m[2]
+    return re.sub(r'<a href="([^"#]+)[^"]*"[^>]*>(.*?)</a>', kept, page, flags=re.S)
+
+
 def html(target: Path) -> int:
     target.mkdir(parents=True, exist_ok=True)
     notebooks = [p for p in sorted((ROOT / 'nbs').rglob('*.ipynb')) if '.ipynb_checkpoints' not in p.parts]
@@ -70,6 +82,7 @@ def html(target: Path) -> int:
         page = re.sub(r'<script[^>]*\bsrc="https?:[^>]*>\s*</script>|<script type="text/x-mathjax-config">.*?</script>', '', page, flags=re.S).replace('</head>', STYLE, 1)  # nothing is fetched
         page = re.sub(r'FORMULA\d+X', lambda m: formulas[m[0]], page)
         if bad := empty_formulas(page): print(f'{path.relative_to(ROOT)}: empty formula: {bad[0]}'); return 1
+        page = without_outside_links(page, path.parent)
         page = re.sub(r'(href="(?![a-z]+:)[^"#]*)\.ipynb(["#])', r'\1.html\2', page)                       # notebooks name each other as files
         out = target / path.relative_to(ROOT / 'nbs').with_suffix('.html')
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING
 from .. import __version__
 from ..core.crashes import guarded
 from ..core.errors import BadInput, TeacherGone, printable, unknown
-from .commands import COMMANDS, command, read_settings, settings_and_flags, summary, usage
+from .commands import (COMMANDS, check_flag_names, command, read_settings,
+                                 settings_and_flags, summary, usage)
 from .notebooks import (copy_notebooks, demo_parameters, demo_plan, notebook_folder,
                                   quickstart_parameters, run_notebook)
 
@@ -184,6 +185,7 @@ def synth(
     argv: list[str],    # settings
 ) -> int:
     "Make a data set: opd synth --backend local --teacher tiny: --n 200 --out data"
+    check_flag_names('data.dataset', 'SynthSettings', argv)
     from opd_nb.lab import countdown
     from opd_nb.data.dataset import SynthSettings, synthesize
     settings = read_model(SynthSettings, argv, 'opd synth')
@@ -205,6 +207,7 @@ def validate(
     argv: list[str],    # data, settings
 ) -> int:
     "Ask whether a teacher agrees with a data set: opd validate data/combined_200.jsonl --teacher tiny:"
+    check_flag_names('data.agreement', 'ValidateSettings', argv)
     from opd_nb.data import agreement
     s = read_model(agreement.ValidateSettings, argv, 'opd validate', 'data')
     found = agreement.validate(s.data, s.teacher, s.n, s.student, s.k, s.max_new_tokens, s.seed)
@@ -244,7 +247,7 @@ def print_outcome(
 def train(
     argv: list[str],    # settings
 ) -> int:
-    "Distil a teacher into a student: opd train --preset laptop"
+    "Distil a teacher into a student: opd train --preset laptop --output-dir runs/laptop"
     dry_run = 'look at the run as opd doctor does, and stop there'
     config, given = settings_and_flags(argv, 'opd train', switches=dict(dry_run=dry_run))
     from opd_nb.core.config import require_teacher
@@ -262,7 +265,7 @@ def train(
 def eval_(
     argv: list[str],    # models, tasks, settings
 ) -> int:               # 1 if something failed
-    "Compare students on tasks: opd eval --models base=tiny:student best=runs/opd/best --tasks countdown --limit 50"
+    "Compare students on tasks: opd eval --models base=tiny:student best=runs/laptop/best --tasks countdown --limit 50"
     from opd_nb.cli.eval import run_eval
     return run_eval(argv)
 

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['ANSWER_ARMS', 'ARM_COLOURS', 'PAIR_TITLES', 'STYLES', 'SCALE', 'PAYERS', 'draw_answer', 'plot_answer', 'style_of',
-           'arms_of', 'curve_of', 'budget_of', 'plot_curves', 'plot_recovery', 'plot_costs']
+           'in_order', 'arms_of', 'curve_of', 'budget_of', 'plot_curves', 'plot_recovery', 'plot_costs']
 
 # %% ../../nbs/12_lab/09_plots.ipynb #c003
+from collections.abc import Collection, Iterable
+
 import numpy as np
 import pandas as pd
 
-from .arms import ARMS
 from .tables import Run, cells_of, solved, untaught
 
 # %% ../../nbs/12_lab/09_plots.ipynb #a001
@@ -74,15 +75,41 @@ def plot_answer(
     return fig
 
 # %% ../../nbs/12_lab/09_plots.ipynb #c022b
-# up to 27 arms, colours of matplotlib's own cycle but for its grey
-STYLES = [(f'C{i}', dashes) for dashes in ('-', '--', ':') for i in range(10) if i != 7]
+STYLES = {arm: (colour, '-') for arm, colour in ARM_COLOURS.items()} | dict(
+    kd=('#1a202c', '-'),
+    gold=('#63b3ed', '-'),
+    strict=('#0891b2', '-'),
+    escd=('#db2777', '-'),
+    alm=('#92400e', '-'),
+    pg=('#84cc16', '-'),
+    xtoken=('#a78bfa', '-'),
+    gkd=('#1a202c', ':'),
+    sft_few=(ARM_COLOURS['sft'], '--'),
+    kd_few=('#1a202c', '--'),
+    cover_few=(ARM_COLOURS['cover'], '--'),
+    sft_cover=(ARM_COLOURS['sft'], ':'),
+    half=('#1a202c', '-.'),
+    warm=('#e53e3e', '--'),
+    token=('#d69e2e', '--'),
+    trajectory=('#d69e2e', ':'),
+    gold_default=(ARM_COLOURS['gold_trl'], '--'),
+    uld_sft=(ARM_COLOURS['uld'], '--'),
+)  # arm -> colour, dashes; in the order of all pictures
 
 
 def style_of(
     arm: str,             # one of `ARMS`
 ) -> tuple[str, str]:     # colour, dashes
     "How an arm is drawn, in all pictures alike; anything else is grey."
-    return dict(zip(ARMS, STYLES)).get(arm, ('#888', '-'))
+    return STYLES.get(arm, ('#888', '-'))
+
+
+def in_order(
+    arms: Iterable[str],
+) -> list[str]:
+    "Arms in the order of all pictures; those that are not known come last."
+    place = {arm: i for i, arm in enumerate(STYLES)}
+    return sorted(set(arms), key=lambda arm: (place.get(arm, len(place)), arm))
 
 # %% ../../nbs/12_lab/09_plots.ipynb #c020
 SCALE = dict(tokens=(1000, 'thousand student tokens'), seconds=(1, 'seconds of one core'))
@@ -92,10 +119,9 @@ def arms_of(
     results: dict[Run, dict],  # of `read_results`
     pair: str,
 ) -> list[str]:
-    "The arms that were run on a pair, without trials, in the order of `ARMS`."
-    names = dict.fromkeys((*ARMS, *(arm for arm, *_ in results)))
-    names = [a for a in names if a != 'before' and '@' not in a]
-    return [a for a in names if any(run[:2] == (a, pair) for run in results)]
+    "The arms that were run on a pair, without trials, in the order of all pictures."
+    names = [arm for arm, p, _ in results if p == pair]
+    return in_order(a for a in names if a != 'before' and '@' not in a)
 
 
 def curve_of(
@@ -131,6 +157,7 @@ def plot_curves(
     pair: str,                 # one of its pairs
     over: str = 'tokens',      # or 'seconds'
     ax=None,                   # matplotlib axes; new ones if not given
+    arms: Collection[str] | None = None,  # those to draw; all if not given
 ):
     "Accuracy over the budget: the mean over seeds, and the range of them. Returns the axes."
     import matplotlib.pyplot as plt
@@ -139,6 +166,7 @@ def plot_curves(
         _, ax = plt.subplots(figsize=(6.5, 4), layout='constrained')
     scale, unit = SCALE[over]
     for arm in arms_of(results, pair):
+        if arms is not None and arm not in arms: continue
         colour, dashes = style_of(arm)
         x, y = curve_of(results, arm, pair, over)
         x = x / scale
@@ -164,7 +192,7 @@ def plot_recovery(
 
     if ax is None:
         _, ax = plt.subplots(figsize=(8, 4.2), layout='constrained')
-    arms = list(dict.fromkeys(table.arm))
+    arms = in_order(table.arm)
     for i, arm in enumerate(arms):
         colour, dashes = style_of(arm)
         t = table[table.arm == arm].sort_values('one_to_one')
@@ -176,7 +204,7 @@ def plot_recovery(
         ax.errorbar(x, y, yerr=whiskers, ls=dashes, color=colour, label=arm, **look)
     ax.axhline(0, c='#888', lw=.8)
     ax.spines[['top', 'right']].set_visible(False)
-    ax.set_xlabel('share of student tokens that stand alone against one teacher token')
+    ax.set_xlabel('share of student tokens that are exactly one teacher token')
     ax.set_ylabel('teacher recovery, % (95%)')
     ax.legend(fontsize=7, ncols=1, frameon=False, loc='center left', bbox_to_anchor=(1, .5))
     return ax
@@ -195,7 +223,7 @@ def plot_costs(
     import matplotlib.pyplot as plt
 
     cells = {arm: runs for (p, arm), runs in cells_of(results, at).items() if p == pair}
-    readings = {arm: [r['at'][at] for r in runs] for arm, runs in cells.items()}
+    readings = {arm: [r['at'][at] for r in cells[arm]] for arm in in_order(cells)}
     if ax is None:
         _, ax = plt.subplots(figsize=(6.5, .3 * len(readings) + 1.2), layout='constrained')
     left = np.zeros(len(readings))

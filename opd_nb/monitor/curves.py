@@ -19,8 +19,8 @@ from .alerts import HealthWarning
 UNITS = dict(loss='nats', entropy='nats', teacher_entropy='nats', entropy_gap='nats',
              advantage='nats', teacher_nll='nats', length='tokens', grad_norm='norm',
              ratio_max='ratio', lr='rate')
-STYLES = dict(step=dict(c='#2b6cb0', lw=.8, alpha=.7),
-              validation=dict(c='#c05621', marker='o', ls='', ms=4))
+STYLES = dict(step=dict(c='#2b6cb0', lw=.8, alpha=.7, label='each step'),
+              validation=dict(c='#c05621', marker='o', ls='', ms=4, label='held-out prompts'))
 
 def mark_warning(
     ax,                      # matplotlib axes
@@ -45,6 +45,7 @@ def _plot_metric(ax, metric, series, warnings):
         if w.metric == metric: mark_warning(ax, w)
     ax.set(title=plain_label(metric.replace('_', ' ')), xlabel='step',
            ylabel=UNITS.get(metric, 'share'))
+    if any(series.values()): ax.legend(fontsize=7, frameon=False)
     ax.spines[['top', 'right']].set_visible(False)
 
 # %% ../../nbs/08_monitor/04_curves.ipynb #c006

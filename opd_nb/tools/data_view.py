@@ -33,7 +33,8 @@ def length_text(
     "How long texts are."
     if not lengths: return 'none'
     low, middle, high, longest = (int(x) for x in np.quantile(lengths, (0, .5, .95, 1)))
-    return f'{middle:,} tokens in the middle, {low:,} at least, {high:,} at the 95th percentile, {longest:,} at most'
+    return (f'{low:,} to {longest:,} tokens, median {middle:,}, '
+            f'95% have at most {high:,}')
 
 # %% ../../nbs/11_tools/07_data_view.ipynb #229c9550
 def role_text(
@@ -76,7 +77,7 @@ def describe_data(
     replies = [len(codec.write(c.reference.encode())[0]) for c in measured if c.has_reference]
     twice = len(rows) - len({c.key for c in rows})
     template = 'the chat template' if codec.tok.chat_template else 'no template, so bare'
-    found = {'rows': f'{len(rows):,}, {len(answered):,} with a reference, {twice:,} prompts again',
+    found = {'rows': f'{len(rows):,}, {len(answered):,} with a reference, {twice:,} repeated',
              'roles': role_text(rows),
              'prompts': length_text(prompt_lengths(codec, measured)),
              'references': length_text(replies),

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TEXT', 'attempt', 'data_line', 'reward_line', 'LocalModels', 'local_models', 'memory_lines', 'memory_remedy',
            'teacher_lines', 'measure_one', 'cost_line', 'pair_lines', 'tokenizer_line', 'loss_line', 'probe_lines',
-           'time_line', 'tokens_line', 'dollars_line', 'overlap_line', 'duration', 'examine', 'check_data',
-           'check_memory', 'check_teacher', 'student_line', 'longest_prompt']
+           'short_number', 'time_line', 'tokens_line', 'dollars_line', 'overlap_line', 'duration', 'examine',
+           'check_data', 'check_memory', 'check_teacher', 'student_line', 'longest_prompt']
 
 # %% ../../nbs/11_tools/03_doctor.ipynb #c003
 import contextlib
@@ -282,6 +282,13 @@ def probe_lines(
     return lines
 
 
+def short_number(
+    x: float,
+) -> str:
+    "Two digits that count, without an exponent: 0.034, 1.4, 140."
+    return f'{x:.2g}' if x < 10 else f'{x:.0f}'
+
+
 def time_line(
     c: OPDConfig,
     p: RolloutCost,
@@ -292,8 +299,9 @@ def time_line(
     n = c.batch * c.num_generations
     step = n * (p.sampling + p.training + asking)
     total = step * c.max_steps + validated * step / n
-    second = f'asking {n * asking:.2g}' if asking else f'scoring and learning {n * p.training:.2g}'
-    text = (f'{step:.2g} s a step of {n} rollouts (writing {n * p.sampling:.2g}, {second}), '
+    second = ('asking', asking) if asking else ('scoring and learning', p.training)
+    parts = (f'{what} {short_number(n * seconds)}' for what, seconds in (('writing', p.sampling), second))
+    text = (f'{short_number(step)} s a step of {n} rollouts ({", ".join(parts)}), '
             f'{c.max_steps} steps in {duration(total)}, from {p.rollouts} rollouts')
     if total <= 86400: return Line('ok', 'time', text)
     return Line('warning', 'time', text,

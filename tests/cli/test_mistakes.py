@@ -60,7 +60,9 @@ def loaded_by(*words):
     (['export', '--merg'], 'torch transformers pandas numpy'),
     (['chat', '--promt'], 'torch transformers pandas numpy'),
     (['train', '--max-stepz', '3'], 'torch transformers pandas numpy'),
-    (['doctor', '--max-stepz', '3'], 'torch transformers pandas numpy')])
+    (['doctor', '--max-stepz', '3'], 'torch transformers pandas numpy'),
+    (['synth', '--domian', 'x'], 'torch transformers pandas numpy openai'),
+    (['validate', 'x.jsonl', '--techer', 'x'], 'torch transformers pandas numpy')])
 def test_what_needs_little_imports_little(tmp_path, words, not_loaded):
     assert not loaded_by(*words) & set(not_loaded.split())
 

@@ -123,7 +123,7 @@ def test_dry_run_looks_and_stops(prompts, tmp_path, capsys):
 
 def test_data_is_described(prompts, tmp_path, capsys):
     status, out, _ = opd(capsys, 'data', prompts)
-    assert status == 0 and '40, 40 with a reference' in out and 'user (40)' in out and 'tokens in the middle' in out and '[INST]Make' in out
+    assert status == 0 and '40, 40 with a reference' in out and 'user (40)' in out and 'tokens, median' in out and '[INST]Make' in out
     status, _, err = opd(capsys, 'data', 'nowhere.jsonl')
     assert status == 2 and len(err.strip().splitlines()) == 1
 

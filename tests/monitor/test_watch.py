@@ -1,5 +1,5 @@
-"""Named warnings on the whole training of the quickstart: none. The run takes minutes; its log is kept in tests/data, where notebook 08_watch reads it.
-To make that file anew: OPD_SLOW=1 OPD_RENEW=1 pytest tests/test_watch.py."""
+"""Named warnings on a whole training of the embedded pair, as an earlier quickstart had it: none. The run takes minutes; its log is kept in tests/data, where notebook 08_monitor/03_alerts reads it.
+To make that file anew: OPD_SLOW=1 OPD_RENEW=1 pytest tests/monitor/test_watch.py."""
 import json, os
 from pathlib import Path
 

@@ -72,7 +72,8 @@ def test_sdist_and_wheel_install(tmp_path):
     assert str(tmp_path / 'site') in where
     import opd_nb
     assert run(python, '-m', 'opd_nb', '--version', cwd=tmp_path, **away).stdout == f'opd_nb {opd_nb.__version__}\n'
-    run(python, '-m', 'opd_nb', 'train', '--preset', 'laptop', '--max-steps', '1', '--batch', '2', '--val-max-samples', '2', cwd=tmp_path, **away)
+    run(python, '-m', 'opd_nb', 'train', '--preset', 'laptop', '--max-steps', '1', '--batch', '2', '--val-max-samples', '2',
+        '--output-dir', 'runs/laptop', cwd=tmp_path, **away)
     assert (tmp_path / 'runs/laptop/final/model.safetensors').is_file()
     run(python, '-m', 'opd_nb', 'notebooks', 'mine', cwd=tmp_path, **away)
     copies = list((tmp_path / 'mine').glob('*.ipynb'))

@@ -54,6 +54,13 @@ def test_a_link_that_leads_nowhere_fails_the_build(site, capsys):
     assert status == 1 and 'a.html: b.html' in capsys.readouterr().out
 
 
+def test_a_link_to_a_file_that_is_no_page_is_text(site, tmp_path):
+    (tmp_path / 'code.py').touch()
+    status, pages = site(a='see [the code](../code.py) and [b](b.ipynb)', b='here')
+    page = (pages / 'a.html').read_text()
+    assert status == 0 and 'see the code and' in page and 'code.py' not in page and 'href="b.html"' in page
+
+
 def test_pages_fetch_nothing(site):
     _, pages = site(a='$x$')
     assert 'src="http' not in (pages / 'a.html').read_text()
