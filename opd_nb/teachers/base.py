@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TEACHERS', 'SEPARATOR', 'WEIGHTED_SPEC', 'Capabilities', 'Teacher', 'MinimalTeacher', 'as_teacher',
-           'register_teacher', 'parse_specs', 'load_teacher', 'Unscored', 'EncodedRecord', 'encode_record',
+           'register_teacher', 'is_self', 'parse_specs', 'load_teacher', 'Unscored', 'EncodedRecord', 'encode_record',
            'encode_records', 'row_blocks', 'decode_completions', 'secret_value', 'measure_scoring', 'describe']
 
 # %% ../../nbs/06_teachers/01_base.ipynb #h003
@@ -90,6 +90,24 @@ class Teacher(Protocol):
         "What a probe found about each way of asking."
         return []
 
+    def told(self,
+        conversation: Conversation,  # as the student has it
+    ) -> Conversation:
+        "The conversation as this teacher sees it."
+        return conversation
+
+    def after_step(self):
+        "Called after each step of the student, for a teacher that follows it."
+
+    def state(self) -> dict[str, object]:
+        "Tensors that a checkpoint keeps, by name."
+        return {}
+
+    def load_state(self,
+        saved: dict[str, object],  # from `state`; empty if the checkpoint has none
+    ):
+        "Go on where a checkpoint was saved."
+
 # %% ../../nbs/06_teachers/01_base.ipynb #w005
 class MinimalTeacher(Teacher):
     "A teacher that implements `score` and `generate` only, with the defaults for the rest."
@@ -98,7 +116,8 @@ class MinimalTeacher(Teacher):
     ):
         self.inner = inner
         self.hosted = hasattr(inner, 'estimate')
-        for name in ('context', 'hosted', 'notes', 'split', 'estimate', 'probe_all_modes'):
+        for name in ('context', 'hosted', 'notes', 'split', 'estimate', 'probe_all_modes', 'told',
+                     'after_step', 'state', 'load_state'):
             if hasattr(inner, name): setattr(self, name, getattr(inner, name))
 
     def __getattr__(self, name):  # `codec`, `capabilities` and whatever else it has
@@ -136,6 +155,7 @@ TEACHERS = Registry(
     api='opd_nb.teachers.api:api_teacher',
     openrouter='opd_nb.teachers.api:openrouter_teacher',
     mixture='opd_nb.teachers.mixture:mixture_teacher')
+TEACHERS.places['self'] = 'opd_nb.teachers.self_teacher:self_teacher'  # no keyword may be called so
 
 # %% ../../nbs/06_teachers/01_base.ipynb #w010
 def register_teacher(
@@ -146,7 +166,13 @@ def register_teacher(
 
 # %% ../../nbs/06_teachers/01_base.ipynb #c012
 SEPARATOR = re.compile(r',(?=[a-z_]+:)')
-WEIGHTED_SPEC = re.compile(r'(.*?)(?:@((?!0\d)\d{1,3}(?:\.\d+)?|\.\d+))?')
+WEIGHTED_SPEC = re.compile(r'(self:ema@[\d.]+|.*?)(?:@((?!0\d)\d{1,3}(?:\.\d+)?|\.\d+))?')
+
+def is_self(
+    spec: str | list,    # see `parse_specs`
+) -> bool:
+    "Whether the student is its own teacher."
+    return isinstance(spec, str) and spec.startswith('self:')
 
 def parse_specs(
     spec: str | list,          # a spec, 'spec@2,spec@1', a list of specs or of (spec, weight)
@@ -163,16 +189,21 @@ def load_teacher(
     spec: str | list,                 # 'hf:ID or folder', 'tiny:', a bare id or folder; or several,
                                       # see `parse_specs`
     config: OPDConfig | None = None,  # settings that a backend may need: dtype, device, token
+    student=None,                     # an `LM`, for the backend self; loaded anew if not given
 ) -> Teacher:
     "The teacher that a spec names. Raises `BadInput` for an unknown backend."
     config = config or OPDConfig(_env_file=None)
     specs = parse_specs(spec)
+    if len(specs) > 1 and any(is_self(one) for one, _ in specs):
+        raise BadInput('teacher', spec, 'mixes the student itself with others, which is not there',
+                       'Choose the student or the others.')
     if len(specs) > 1: return TEACHERS['mixture'](specs, config)
     spec = specs[0][0]
     scheme, colon, rest = spec.partition(':')
     if not colon or len(scheme) == 1: scheme, rest = 'hf', spec  # a bare id, or a Windows drive
     if scheme not in TEACHERS: raise unknown('teacher', spec, [f'{k}:' for k in TEACHERS.names])
-    return as_teacher(TEACHERS[scheme](rest, config))
+    options = dict(student=student) if scheme == 'self' else {}
+    return as_teacher(TEACHERS[scheme](rest, config, **options))
 
 # %% ../../nbs/06_teachers/01_base.ipynb #6f28f879
 class Unscored(BadInput):
@@ -280,7 +311,7 @@ def measure_scoring(
         tokens = estimate.tokens_in + estimate.tokens_out
         cost = dict(requests=estimate.requests, tokens=tokens, dollars=dollars)
     else:
-        tokens = len(teacher.codec.prompt(conversation.prompt)) + len(signal.ids)
+        tokens = len(teacher.codec.prompt(teacher.told(conversation).prompt)) + len(signal.ids)
         cost = dict(requests=0, tokens=tokens, dollars=0.0)
     return dict(seconds=seconds, positions=len(signal.ids), bytes=len(completion[0])) | cost
 

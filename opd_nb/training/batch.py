@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['log', 'REASONS_SAID', 'WeightedMetrics', 'PER_POSITION', 'auto_loss', 'settings_of_loss', 'loss_for', 'Scored',
-           'reason_of', 'say_left_out', 'score', 'long_for_teacher', 'warn_of_teachers_context', 'by_teacher',
-           'continue_rollout', 'read_rollouts', 'AlignedBatch', 'read_and_align', 'chunk_mask', 'position_weights',
-           'comparison_metrics', 'distillation_loss', 'judge_advantages', 'judged_loss', 'fault_of', 'micro_batches']
+           'reason_of', 'say_left_out', 'score', 'long_for_teacher', 'warn_of_teachers_context', 'is_told',
+           'warn_if_told_much', 'by_teacher', 'continue_rollout', 'read_rollouts', 'AlignedBatch', 'read_and_align',
+           'chunk_mask', 'position_weights', 'comparison_metrics', 'distillation_loss', 'judge_advantages',
+           'judged_loss', 'fault_of', 'micro_batches']
 
 # %% ../../nbs/09_training/03_batch.ipynb #c003
 import logging
@@ -134,11 +135,13 @@ def long_for_teacher(
     "The prompts that leave fewer tokens than that in the context of their teacher."
     found = []
     for one, rows in as_teacher(teacher).split(conversations):
+        one = as_teacher(one)
         if not one.codec or one.context == math.inf: continue
         for c in (conversations[i] for i in rows):
-            n_bytes = sum(len(m['content'].encode(errors='replace')) for m in c.prompt)
+            told = one.told(c).prompt
+            n_bytes = sum(len(m['content'].encode(errors='replace')) for m in told)
             if n_bytes + 256 + n_tokens <= one.context: continue  # a token has at least one byte
-            if len(one.codec.prompt(c.prompt)) + n_tokens > one.context: found.append(c)
+            if len(one.codec.prompt(told)) + n_tokens > one.context: found.append(c)
     return found
 
 
@@ -148,18 +151,43 @@ def warn_of_teachers_context(
     "Count the prompts of which nothing can be learnt; `BadInput` if that is all of them."
     if not run.teacher: return 0
     codec, prompts = run.student.codec, run.train + run.val
-    found = long_for_teacher(run.teacher, [
-        fit_prompt(codec, c, run.max_prompt_tokens).conversation for c in prompts])
-    if not found: return 0
-    counted = f'{len(found)} of {len(prompts)} prompts'
+    fitted = [fit_prompt(codec, c, run.max_prompt_tokens).conversation for c in prompts]
+    told = is_told(run.teacher, fitted)
+    found = long_for_teacher(run.teacher, fitted)
+    counted, more = f'{len(found)} of {len(prompts)} prompts', ''
     remedy = 'Set --max-prompt-tokens lower, filter the data, or take a teacher that reads more.'
+    if told: remedy, more = f'Tell the teacher less. {remedy}', ' with what only it is told'
     if len(found) == len(prompts):
         raise BadInput('teacher', run.config.teacher,
-                       f'has too short a context for {counted}, so nothing could be learnt', remedy)
-    if run.state.is_main_process:
-        log.warning('%s are too long for the context of the teacher; nothing is learnt from them. '
-                    '%s', counted, remedy)
+                       f'has too short a context for {counted}{more}, so nothing could be learnt',
+                       remedy)
+    if found and run.state.is_main_process:
+        log.warning('%s are too long for the context of the teacher%s; nothing is learnt from '
+                    'them. %s', counted, more, remedy)
+    if told and not found: warn_if_told_much(run, fitted)
     return len(found)
+
+
+def is_told(
+    teacher,                             # see `load_teacher`
+    conversations: list[Conversation],   # as the student has them
+) -> bool:
+    "Whether the teacher sees more than the student, of any of them."
+    teacher = as_teacher(teacher)
+    return any(teacher.told(c) is not c for c in conversations)
+
+
+def warn_if_told_much(
+    run,                                 # a `Run`, see `setup`
+    conversations: list[Conversation],   # as the student hands them on
+):
+    "Say that what the teacher is told leaves less room than the longest completion takes."
+    limit = run.config.max_new_tokens
+    short = long_for_teacher(run.teacher, conversations, limit)
+    if not short or not run.state.is_main_process: return
+    log.warning('What only the teacher is told leaves less than %d tokens for a completion in %d '
+                'of %d prompts; a longer one is left out. Tell it less, or lower '
+                '--max-new-tokens.', limit, len(short), len(conversations))
 
 # %% ../../nbs/09_training/03_batch.ipynb #c025
 def by_teacher(

@@ -34,6 +34,7 @@ from ..core.distributed import all_reduce_sum, all_or_none, all_gather, process_
 from ..core.folders import open_folder, remove_unused, unlock_folder
 from ..core.types import Rollout
 from ..models.fsdp import clip_gradients, is_sharded
+from ..teachers.base import as_teacher
 from ..monitor.metrics import sample_faults, text_metrics
 from ..monitor.run_log import log_event, explain_write_errors
 from ..monitor.trackers import Trackers
@@ -163,6 +164,7 @@ def update_weights(
     "Step the optimizers and the learning-rate schedules."
     if usable:
         for optimizer in run.optimizers: optimizer.step()
+        if run.teacher: as_teacher(run.teacher).after_step()  # it may follow the student
     lr = run.optimizers[-1].param_groups[0]['lr']
     for scheduler in run.schedulers: scheduler.step()
     run.step += 1
