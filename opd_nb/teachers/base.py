@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['TEACHERS', 'SEPARATOR', 'WEIGHTED_SPEC', 'Capabilities', 'Teacher', 'MinimalTeacher', 'as_teacher',
-           'register_teacher', 'is_self', 'parse_specs', 'load_teacher', 'Unscored', 'EncodedRecord', 'encode_record',
-           'encode_records', 'row_blocks', 'decode_completions', 'secret_value', 'measure_scoring', 'describe']
+           'register_teacher', 'is_self', 'parse_specs', 'load_teacher', 'Unscored', 'EncodedRecord',
+           'encode_completion', 'encode_record', 'encode_records', 'row_blocks', 'decode_completions', 'secret_value',
+           'measure_scoring', 'describe']
 
 # %% ../../nbs/06_teachers/01_base.ipynb #h003
 import inspect
@@ -18,7 +19,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from ..core.errors import BadInput, unknown
-from ..core.types import ACCESS, Access, Conversation, Signal
+from ..core.types import ACCESS, Access, Completion, Conversation, Signal
 from ..core.registry import Registry
 from ..core.config import OPDConfig
 from ..alignment.chat import ChatCodec
@@ -225,6 +226,15 @@ class EncodedRecord(NamedTuple):
     ids: list[int]      # [T] of the completion
     ends: np.ndarray    # [T] byte offset after each token
 
+# %% ../../nbs/06_teachers/01_base.ipynb #e71dcf31
+def encode_completion(
+    completion: Completion | tuple[bytes, bool],  # (bytes, stopped), perhaps with its writer's ids
+    codec: ChatCodec,                             # the teacher's
+) -> tuple[list[int], np.ndarray]:                # ids [T], ends [T]
+    "A completion in the teacher's tokens: those of its writer, if they came with it."
+    own = getattr(completion, 'ids', ())
+    return (list(own), np.asarray(completion.ends)) if own else codec.write(*completion)
+
 # %% ../../nbs/06_teachers/01_base.ipynb #w015
 def encode_record(
     i: int,                          # number of the record, for messages
@@ -238,7 +248,7 @@ def encode_record(
     try:
         data, stopped = completion  # an empty one that goes on is the teacher's own to write
         prompt_ids = codec.prompt(conversation.prompt, data if data or stopped else None)
-        ids, ends = codec.write(data, stopped)
+        ids, ends = encode_completion(completion, codec)
     except BadInput as e: return Unscored(which, e.value, e.allowed, e.remedy, 'unreadable')
     except ValueError as e:
         remedy = ('Leave the record out, or take a teacher that can read it: '

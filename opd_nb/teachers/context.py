@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WORDS', 'ASKED', 'ANSWERED', 'text_or_file', 'check_words', 'fill_words', 'read_examples', 'divide_systems',
-           'TeacherContext', 'InContext', 'in_context']
+           'TeacherContext', 'InContext', 'in_context', 'is_told']
 
 # %% ../../nbs/06_teachers/10_context.ipynb #h003
 import re
@@ -237,3 +237,11 @@ def in_context(
     if not isinstance(teacher, Mixture): return InContext(teacher, extra)
     told = [in_context(t, extra) for t in teacher.teachers]
     return Mixture(told, teacher.weights, teacher.names)
+
+def is_told(
+    teacher,                             # see `load_teacher`
+    conversations: list[Conversation],   # as the student has them
+) -> bool:
+    "Whether the teacher sees more than the student, of any of them."
+    teacher = as_teacher(teacher)
+    return any(teacher.told(c) is not c for c in conversations)

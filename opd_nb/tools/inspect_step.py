@@ -27,11 +27,12 @@ from ..models.lm import LM, read
 from ..losses.chunked import LossOutput
 from ..losses.likelihood import token_logprobs
 from ..teachers.base import as_teacher, is_self, load_teacher, row_blocks
-from ..teachers.context import TeacherContext, in_context
+from ..teachers.context import TeacherContext, in_context, is_told
 from ..data.formats import load_conversations
 from ..training.rollouts import rollout
-from ..training.batch import (by_teacher, continue_rollout, distillation_loss, is_told,
-                                   long_for_teacher, loss_for, read_and_align, score)
+from ..training.batch import (align_each, by_teacher, continue_rollout, distillation_loss,
+                                   has_same_ids, long_for_teacher, loss_for, read_and_align,
+                                   reads_own_ids, score)
 from ..training.methods import sampling_batch_size, weighted_means
 from ..training.setup import NOTHING_TOLD, compute_dtype, load_student
 from .machine import Line
@@ -247,14 +248,15 @@ def distil_once(
     if not sampled[0].ids:
         raise BadInput('prompt', question, 'was answered with nothing at all',
                        'Ask something else, or try another --seed.')
-    scored = score(teacher, sampled)
+    scored = score(teacher, sampled, reads_own_ids(teacher, student.codec, pair.vocab))
     for e in scored.left_out:
         raise BadInput('prompt', question, f'led to a completion that {e.allowed}', e.remedy)
     found = loss_and_gradient(pair, scored.rollouts, scored.signals)
     r, signal = scored.rollouts[0], scored.signals[0]
     if isinstance(signal, TextSignal): r = continue_rollout(student.codec, r, signal)
     teacher_ends = r.ends if isinstance(signal, ScoreSignal) else signal.ends
-    alignment = align([r.ends], [teacher_ends])
+    same = has_same_ids([r], [signal], pair.vocab)
+    alignment = align_each([r.ends]) if same else align([r.ends], [teacher_ends])
     token_bytes = bytes_by_token(r.data, r.ends), bytes_by_token(r.data, teacher_ends)
     chunks = chunk_table(alignment, token_bytes, *look_up(pair, teacher, r, signal), found.out)
     predicted, measured = check_loss_gradient(pair, scored.rollouts, scored.signals, found)
@@ -364,7 +366,8 @@ def probe_round(
     sampled, metrics = time.perf_counter(), {}
     rows = [r for r in rollouts[:n_trained] if r.ids]
     if rows and not is_hosted(pair.teacher):
-        scored = score(pair.teacher, rows)
+        own_ids = reads_own_ids(pair.teacher, pair.student.codec, pair.vocab)
+        scored = score(pair.teacher, rows, own_ids)
         metrics = loss_and_gradient(pair, scored.rollouts, scored.signals).metrics
     return Round(asked, rollouts, sampled - start, time.perf_counter() - sampled, metrics)
 

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['log', 'REASONS_SAID', 'WeightedMetrics', 'PER_POSITION', 'auto_loss', 'settings_of_loss', 'loss_for', 'Scored',
-           'reason_of', 'say_left_out', 'score', 'long_for_teacher', 'warn_of_teachers_context', 'is_told',
+           'reason_of', 'say_left_out', 'reads_own_ids', 'score', 'long_for_teacher', 'warn_of_teachers_context',
            'warn_if_told_much', 'by_teacher', 'continue_rollout', 'read_rollouts', 'AlignedBatch', 'read_and_align',
-           'chunk_mask', 'position_weights', 'comparison_metrics', 'distillation_loss', 'judge_advantages',
-           'judged_loss', 'fault_of', 'micro_batches']
+           'has_same_ids', 'align_each', 'chunk_mask', 'position_weights', 'comparison_metrics', 'distillation_loss',
+           'judge_advantages', 'judged_loss', 'fault_of', 'micro_batches']
 
 # %% ../../nbs/09_training/03_batch.ipynb #c003
 import logging
@@ -23,7 +23,7 @@ from ..core.errors import BadInput
 from ..core.types import Conversation, ScoreSignal, Rollout, Signal, TextSignal
 from ..core.config import OPDConfig
 from ..alignment.chat import ChatCodec
-from ..alignment.chunks import Alignment, align
+from ..alignment.chunks import Alignment, align, concat_ends
 from ..alignment.vocab import VocabMap
 from ..models.outputs import TopKSide, Side, teacher_side
 from ..models.lm import LM, read
@@ -31,6 +31,7 @@ from ..losses.chunked import LossOutput, span_positions, score_weights
 from ..losses.grpo import group_advantages
 from ..losses.registry import DEFAULT_LOSS, LOSSES, get_loss, is_served, loss_parameters
 from ..teachers.base import Capabilities, Teacher, as_teacher
+from ..teachers.context import is_told
 from ..monitor.metrics import agreement_metrics
 from .rollouts import fit_prompt
 
@@ -75,7 +76,10 @@ def loss_for(
         raise BadInput('loss', name, f'asks more than this teacher gives ({can.best})',
                        f'Choose one it can serve: {losses}; or another teacher.')
     if config and name in LOSSES: options = settings_of_loss(name, config) | options
-    return get_loss(name, vocab, **options)
+    loss = get_loss(name, vocab, **options)
+    if name == 'gkd':  # on one sequence of ids, tokens without text are compared like any others
+        loss.on_same_ids = get_loss(name, replace(vocab, tokens=(None, None)), **options)
+    return loss
 
 # %% ../../nbs/09_training/03_batch.ipynb #c009
 @dataclass(frozen=True)
@@ -113,13 +117,25 @@ def say_left_out(
                     'left_out_%s.', e.allowed, e.remedy, reason_of(e))
 
 
+def reads_own_ids(
+    teacher,                  # see `load_teacher`
+    student: ChatCodec,
+    vocab: VocabMap | None,   # of the pair
+) -> bool:
+    "Whether the student's token ids mean the same to its teacher."
+    codec = getattr(teacher, 'codec', None)
+    return bool(codec and vocab and vocab.identical and codec.lead == student.lead)
+
+
 def score(
     teacher,                  # see `load_teacher`
     rollouts: list[Rollout],
+    own_ids: bool = False,    # the teacher reads the student's ids, see `reads_own_ids`
 ) -> Scored:
     "The teacher's signals. Rollouts that it cannot read are left out."
     conversations = [r.conversation for r in rollouts]
-    completions = [(r.data, r.stopped) for r in rollouts]
+    width = len(teacher.codec.bytes) if own_ids else 0  # of two heads, one may be padded more
+    completions = [r.completion(max(r.ids, default=0) < width) for r in rollouts]
     signals = as_teacher(teacher).score(conversations, completions, on_error='return')
     scored = [(r, s) for r, s in zip(rollouts, signals) if not isinstance(s, BadInput)]
     left_out = [s for s in signals if isinstance(s, BadInput)]
@@ -166,15 +182,6 @@ def warn_of_teachers_context(
                     'them. %s', counted, more, remedy)
     if told and not found: warn_if_told_much(run, fitted)
     return len(found)
-
-
-def is_told(
-    teacher,                             # see `load_teacher`
-    conversations: list[Conversation],   # as the student has them
-) -> bool:
-    "Whether the teacher sees more than the student, of any of them."
-    teacher = as_teacher(teacher)
-    return any(teacher.told(c) is not c for c in conversations)
 
 
 def warn_if_told_much(
@@ -244,6 +251,7 @@ class AlignedBatch:
     teacher: Side | TopKSide
     alignment: Alignment
     vocab: VocabMap | None    # of the pair; None if the teacher's vocabulary is not known
+    same_ids: bool = False    # the teacher read the student's own ids
 
     @property
     def prompt_keys(self) -> list[str]: return [r.conversation.key for r in self.rollouts]
@@ -267,7 +275,30 @@ def read_and_align(
     else:
         teacher = teacher_side(signals, len(vocab.tokens[1]) if vocab else 1)
         teacher_ends = [s.ends for s in signals]
-    return AlignedBatch(rollouts, signals, side, teacher, align(student_ends, teacher_ends), vocab)
+    same = has_same_ids(rollouts, signals, vocab)
+    alignment = align_each(student_ends) if same else align(student_ends, teacher_ends)
+    return AlignedBatch(rollouts, signals, side, teacher, alignment, vocab, same)
+
+
+def has_same_ids(
+    rollouts: list[Rollout],
+    signals: list[Signal],    # of these rollouts
+    vocab: VocabMap | None,   # of the pair
+) -> bool:
+    "Whether both sides have one sequence of tokens, in one vocabulary."
+    pairs = zip(rollouts, signals)
+    return bool(vocab and vocab.identical and all(tuple(r.ids) == tuple(s.ids) for r, s in pairs))
+
+
+def align_each(
+    ends: list[tuple[int, ...]],  # [T] byte ends of each completion
+) -> Alignment:
+    "Every token with itself, those without bytes too."
+    rows = [np.asarray(row, np.int64) for row in ends]
+    stride = 2 + max((int(row.max()) for row in rows if len(row)), default=0)
+    laid_out, row = concat_ends(rows, stride), np.repeat(np.arange(len(rows)), [len(r) for r in rows])
+    at, one = np.arange(len(row)), np.ones(len(row), np.int64)
+    return Alignment(at, one, at, one, row, laid_out, laid_out, stride)
 
 # %% ../../nbs/09_training/03_batch.ipynb #c021
 def chunk_mask(
@@ -340,6 +371,7 @@ def distillation_loss(
         mask = position_weights(len(student.ids), alignment, keep).to(student.hidden)
         student = replace(student, weight=mask if student.weight is None else student.weight * mask)
         alignment = alignment.select(keep)
+    if batch.same_ids: loss = getattr(loss, 'on_same_ids', loss)
     out = loss(student, teacher, alignment)
     metrics.append((len(out), {k: v / max(1, len(out)) for k, v in out.logged.items()}))
     return out, metrics

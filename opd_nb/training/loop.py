@@ -40,7 +40,7 @@ from ..monitor.run_log import log_event, explain_write_errors
 from ..monitor.trackers import Trackers
 from ..monitor.report import end_of_run, save_samples
 from .batch import (WeightedMetrics, by_teacher, distillation_loss, fault_of,
-                                   micro_batches, read_and_align, score)
+                                   micro_batches, read_and_align, reads_own_ids, score)
 from .methods import (LossSum, MethodLoss, Term, get_method, register_method,
                                      sample_or_reference, step_terms, weighted_means)
 from .checkpoints import (
@@ -97,7 +97,8 @@ def distil(
     for rows in micro_batches(rollouts, run.micro_batch, whole_groups):
         for teacher, texts in by_teacher(run.teacher, rows):
             asked = time.perf_counter()
-            scored = score(teacher, texts)                   # 2. signals, from the teacher
+            own_ids = reads_own_ids(teacher, run.student.codec, run.vocab)
+            scored = score(teacher, texts, own_ids)          # 2. signals, from the teacher
             run.seconds['teacher'] += run.now() - asked
             losses.metrics.append((1, scored.counts))
             if not scored.rollouts: continue                 # none that it can read

@@ -33,13 +33,13 @@ from ..models.lm import LM, merge_adapters
 from ..models.optim import add_lora, make_optimizers, make_schedule
 from ..models.fsdp import fsdp_requested, shard
 from ..teachers.base import as_teacher, describe, is_self, load_teacher
-from ..teachers.context import TeacherContext, in_context
+from ..teachers.context import TeacherContext, in_context, is_told
 from ..data.formats import each_turn, load_conversations, split
 from ..monitor.alerts import Watch
 from ..monitor.trackers import tracker_names
 from .rollouts import prompt_limit, rollout
 from .vllm_rollouts import rollout_function
-from .batch import is_told, loss_for, warn_of_teachers_context
+from .batch import loss_for, warn_of_teachers_context
 from .methods import require_references
 from .checkpoints import Monitored, data_hash, move_into_place
 
