@@ -77,6 +77,24 @@ def test_gkd_is_theirs_on_what_was_sampled(noisy, teacher, beta):
     assert fewer < .9 * n and abs(anew - wanted) > .02, (fewer, n, anew.item(), wanted.item())
 
 
+def with_textless(lm, r):
+    "A rollout with a special token in the middle, which has no text and ends nothing."
+    odd = next(i for i, n in enumerate(lm.codec.bytes.lengths) if n == 0 and i not in lm.codec.stop_ids)
+    ids = [*r.ids[:3], odd, *r.ids[3:]]
+    data, ends, stopped = lm.codec.read(ids)
+    return replace(r, ids=tuple(ids), ends=tuple(ends.tolist()), data=data, stopped=stopped)
+
+
+def test_tokens_without_text_count_too(noisy, teacher):
+    "A student may sample one; TRL counts it, and behind it both read the same ids."
+    lm, rollouts = noisy
+    rows = [with_textless(lm, r) for r in rollouts if len(r.ids) > 4]
+    ours, n, batch = loss_of((lm, rows), teacher, True)
+    assert n == sum(len(r.ids) for r in rows) and batch.same_ids
+    torch.testing.assert_close(ours, theirs(lm, teacher, rows, 0.), atol=1e-6, rtol=1e-6)
+    for name in ('bpm', 'cover', 'gold'): assert loss_of((lm, rows), teacher, True, name)[0].isfinite()
+
+
 @pytest.mark.parametrize('name', ['strict', 'gold', 'bpm', 'cover', 'alm', 'pg'])
 def test_other_losses_read_the_same_ids(noisy, teacher, name):
     "They train more positions than on a text that was encoded anew, and none that is not there."
