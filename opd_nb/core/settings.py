@@ -86,8 +86,20 @@ class TeacherSettings(BaseModel):
     "Who teaches, how it is loaded or asked, and what that may cost."
     teacher: str = setting('Qwen/Qwen2.5-7B-Instruct',
         'Teacher, which opd train wants named: hf: and a Hub id or folder, gguf:FILE, '
-        'openrouter:MODEL, api:URL#MODEL, or tiny: for the embedded one; several by comma, each '
-        'with @weight.', min_length=1)
+        'openrouter:MODEL, api:URL#MODEL, tiny: for the embedded one, or self: for the student at '
+        'the start, self:adapter-off, self:ema@0.99; several by comma, each with @weight.',
+        min_length=1)
+    teacher_system: str | None = setting(None,
+        'System message that only the teacher is given: a text, or a file that holds it.',
+        min_length=1)
+    teacher_examples: Path | None = setting(None,
+        'JSONL file with turns that only the teacher sees before the question: questions with '
+        'their answers.')
+    teacher_sees: Literal['prompt', 'reference'] = setting('prompt',
+        'What the teacher is shown: the prompt, as the student; or the reference answer as well.')
+    teacher_words: str | None = setting(None,
+        'Words around what only the teacher is shown, with {question} and {context} in them: a '
+        'text or a file; those of teachers.context if not set.', min_length=1)
     teacher_dtype: TeacherDtype = setting('auto',
         'Number format of the teacher; auto is bfloat16 on a GPU and float32 elsewhere.')
     teacher_attention: Attention = setting('auto',

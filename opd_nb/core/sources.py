@@ -34,6 +34,7 @@ ENV_KEYS = dict(
     KD_MAX_GROUPS='max_groups', MONITOR_METRIC='monitor', BASE_MODEL_ID='base_model', SFT_MODEL_PATH='sft_model',
     KD_MODEL_PATH='kd_model')
 ENV_KEYS |= {name.upper(): name for name in '''
+    teacher_system teacher_examples teacher_sees teacher_words
     teacher_dtype teacher_mode teacher_top_k teacher_tokenizer teacher_api_key openrouter_api_key
     teacher_max_dollars teacher_price teacher_preferred_quant teacher_n_gpu_layers teacher_n_ctx
     teacher_n_threads num_samples val_fraction val_max_samples output_dir max_steps save_every
@@ -45,7 +46,7 @@ OTHERS_KEYS = ('OPENAI_API_KEY', 'NVIDIA_API_KEY', 'WANDB_API_KEY')
 # %% ../../nbs/01_core/05_sources.ipynb #c009
 SPEC_KEYS = dict(
     TEACHER_BACKEND='Makes the teacher of the keys below: hf (TEACHER_MODEL_ID), gguf, openrouter, '
-                    'api or tiny.',
+                    'api, tiny or self.',
     OPENROUTER_MODEL='Model of the backend openrouter; qwen/qwen-2.5-7b-instruct if not set.',
     TEACHER_API_URL='Address of the backend api, such as http://127.0.0.1:8000/v1.',
     TEACHER_API_MODEL='Model of the backend api; the first that the server lists, if not set.',
@@ -60,6 +61,7 @@ def backend_specs(
     return dict(
         hf=f"hf:{get('TEACHER_MODEL_ID', 'Qwen/Qwen2.5-7B-Instruct')}",
         tiny='tiny:',
+        self='self:',
         openrouter=f"openrouter:{get('OPENROUTER_MODEL', 'qwen/qwen-2.5-7b-instruct')}",
         gguf=f"gguf:{get('TEACHER_GGUF_PATH', get('TEACHER_GGUF', ''))}",
         api=f"api:{get('TEACHER_API_URL', '')}#{get('TEACHER_API_MODEL', '')}")

@@ -9,6 +9,7 @@ __all__ = ['PROMPTS', 'ANSWERS', 'TARGETS', 'CHATS', 'SYSTEMS', 'HISTORIES', 'CO
            'field_messages', 'take', 'is_said', 'ReadRow', 'read_row', 'as_conversation']
 
 # %% ../../nbs/07_data/01_records.ipynb #q004
+import difflib
 import json
 import re
 import reprlib
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from ..core.text import SURROGATE, BadLine, is_empty, is_missing, is_too_deep, json_text, loaded
-from ..core.types import Conversation
+from ..core.types import Conversation, TEACHER_FIELDS
 
 # %% ../../nbs/07_data/01_records.ipynb #q010
 PROMPTS = ('prompt', 'instruction', 'question', 'query', 'problem', 'text', 'input', 'inputs',
@@ -30,13 +31,14 @@ HISTORIES = ('history', 'chat_history', 'conversation_history', 'dialogue_histor
              'dialog_history')
 CONTEXTS = ('context', 'contexts', 'passage', 'passages')
 PASSAGES = (*CONTEXTS, 'article', 'paragraph', 'document', 'documents', 'story')
-TURNS = ('messages', 'conversations', 'conversation', *HISTORIES)  # never one text
+TURNS = ('messages', 'conversations', 'conversation', 'teacher_messages',
+         *HISTORIES)  # never one text
 TOOLS = ('tools', 'functions', 'available_tools', 'tool_definitions')
 MEDIA = ('image', 'images', 'video', 'videos', 'audio', 'audios')
 ASKING = {*PROMPTS, *CHATS}
 MAY_HOLD_TURNS = {*TURNS, *PROMPTS, *ANSWERS, *SYSTEMS}
 KNOWN = {*PROMPTS, *ANSWERS, *TARGETS, *CHATS, *SYSTEMS, *HISTORIES, *PASSAGES, *TOOLS, *MEDIA,
-         'metadata', 'choices', 'options'}
+         *TEACHER_FIELDS, 'metadata', 'choices', 'options'}
 
 @lru_cache
 def field_name(
@@ -343,6 +345,34 @@ def _refuse_unsupported(fields):
     if number and isinstance(choices, (list, dict)):
         raise ValueError(f'field {number} is the number of a choice; write its text')
 
+# %% ../../nbs/07_data/01_records.ipynb #e6419722
+def _told_value(value, name):
+    "The checked value of a field for the teacher alone."
+    if name == 'teacher_messages':
+        messages = field_messages(value, 'user', name)
+        if messages and messages[-1]['role'] in ('assistant', 'system'): return messages
+        raise ValueError(f'field {name} must end with an answer of the assistant, '
+                         'since the question comes after it')
+    if isinstance(value, list) and all(isinstance(text, str) for text in value):
+        value = '\n\n'.join(value)
+    if isinstance(value, str) and value.strip(): return value
+    raise ValueError(f'field {name} must be text')
+
+def _refuse_mistyped(names):
+    "Raise a `ValueError` for a name that is nearly one of `TEACHER_FIELDS`."
+    for name in sorted(set(map(str, names)) - set(TEACHER_FIELDS)):
+        near = difflib.get_close_matches(name.lower(), TEACHER_FIELDS, 1, .85)
+        if near: raise ValueError(f'field {reprlib.repr(name)} is not known; '
+                                  f'did you mean {near[0]}?')
+
+def _take_told(fields, metadata):
+    "What only the teacher is told, taken out of the fields and the metadata of a row."
+    _refuse_mistyped({*fields, *metadata})
+    given = {name: fields.pop(name) for name in TEACHER_FIELDS if name in fields}
+    given |= {name: metadata[name] for name in TEACHER_FIELDS if name in metadata}
+    told = {name: _told_value(value, name) for name, value in given.items() if not is_empty(value)}
+    return told, {name: value for name, value in metadata.items() if name not in TEACHER_FIELDS}
+
 # %% ../../nbs/07_data/01_records.ipynb #q030
 MESSAGE_KEYS = {'role', 'from', 'content', 'value', 'text', *PROMPTS, *ANSWERS, *SYSTEMS}
 
@@ -391,9 +421,10 @@ def read_row(
         raise _no_user_message(before, shape, messages)
     metadata = fields.pop('metadata', None) or {}
     if not isinstance(metadata, dict): raise ValueError('field metadata must be an object')
+    told, metadata = _take_told(fields, metadata)
     others = {k: v for k, v in row.items() if field_name(k) in fields}
     unasked = _unasked(before, fields | {'metadata': None}, messages)
-    return ReadRow(Conversation(tuple(messages), others | metadata), unasked)
+    return ReadRow(Conversation(tuple(messages), others | metadata | told), unasked)
 
 def as_conversation(
     row,              # one row of a data set

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['log', 'SCORING_APIS', 'OPENROUTER', 'OPENROUTER_HEADERS', 'signal_from_scores', 'load_codec', 'find_codec',
-           'merge_stops', 'make_api', 'continue_completion', 'score_tokens', 'score_completion', 'empty_signal',
-           'completion_cost', 'estimate_cost', 'APITeacher', 'connect', 'api_teacher', 'openrouter_teacher']
+           'merge_stops', 'make_api', 'continue_completion', 'completion_tokens', 'score_tokens', 'score_completion',
+           'empty_signal', 'completion_cost', 'estimate_cost', 'APITeacher', 'connect', 'api_teacher',
+           'openrouter_teacher']
 
 # %% ../../nbs/06_teachers/09_api.ipynb #c003
 import logging
@@ -21,8 +22,8 @@ from ..models.lm import set_template_arguments
 from ..hosted.pricing import Estimate, TeacherGone
 from ..hosted.store import ReplyStore
 from ..hosted.client import Endpoint, Request, Refused
-from .base import (Capabilities, Teacher, Unscored, encode_records, register_teacher,
-                                  secret_value)
+from .base import (Capabilities, Teacher, Unscored, encode_completion,
+                                  encode_records, register_teacher, secret_value)
 from .scoring_apis import (Echo, LlamaCpp, PromptLogprobs, Reply, RequestCost,
                                           SGLang, TokenNames, TokenScores, read_text)
 from .generation_apis import (Continuation, PrefixWalk, RequestSize, SequenceJudge,
@@ -123,15 +124,22 @@ async def continue_completion(
     return TextSignal(tuple(ids), tuple(ends), unknown, c.start, c.data, c.stopped)
 
 # %% ../../nbs/06_teachers/09_api.ipynb #w014
+def completion_tokens(
+    teacher: 'APITeacher',          # with a codec
+    completion: tuple[bytes, bool], # (bytes, stopped), see `Completion`
+) -> tuple[list[int], object]:      # ids [T], ends [T]
+    "The tokens that are scored: the writer's own, where the request has token ids in it."
+    takes_ids = isinstance(teacher.api, tuple(SCORING_APIS.values()))
+    return encode_completion(completion if takes_ids else completion[:2], teacher.codec)
+
 async def score_tokens(
     teacher: 'APITeacher',       # with a scoring API or a prefix walk
     conversation: Conversation,  # whose prompt was answered
-    data: bytes,                 # the completion
-    stopped: bool,               # by itself
+    completion: tuple[bytes, bool], # (bytes, stopped), see `Completion`
 ) -> Signal:
     "The teacher's log-probabilities and top-k lists of one completion."
     messages, ask, api = conversation.prompt, teacher.endpoint.ask, teacher.api
-    ids, ends = teacher.codec.write(data, stopped)
+    data, (ids, ends) = completion[0], completion_tokens(teacher, completion)
     ids, k = list(ids), min(teacher.k, teacher.finding.k)
     if not ids: scores = TokenScores([], [])
     elif isinstance(api, PrefixWalk):
@@ -146,17 +154,17 @@ async def score_tokens(
 async def score_completion(
     teacher: 'APITeacher',       # in whose mode it is done
     conversation: Conversation,  # whose prompt was answered
-    data: bytes,                 # the completion
-    stopped: bool,               # by itself
+    completion: tuple[bytes, bool], # (bytes, stopped), see `Completion`
 ) -> Signal:                     # of the kind that the teacher's mode gives
     "One completion, scored in the teacher's mode."
+    data = completion[0]
     if isinstance(teacher.api, Continuation):
         return await continue_completion(teacher, conversation, data)
     if isinstance(teacher.api, SequenceJudge):
         messages, size = conversation.prompt, teacher.request_size(conversation.prompt)
         score = await teacher.api.score(teacher.endpoint.ask, messages, data, size)
         return ScoreSignal((), (), torch.zeros(0), score)
-    return await score_tokens(teacher, conversation, data, stopped)
+    return await score_tokens(teacher, conversation, completion)
 
 # %% ../../nbs/06_teachers/09_api.ipynb #c013
 def empty_signal(
@@ -177,14 +185,14 @@ def empty_signal(
 def completion_cost(
     teacher: 'APITeacher',       # in whose mode it is done
     conversation: Conversation,  # whose prompt was answered
-    data: bytes,                 # the completion
-    stopped: bool,               # by itself
+    completion: tuple[bytes, bool], # (bytes, stopped), see `Completion`
 ) -> RequestCost:
     "What scoring one completion takes."
     size, api = teacher.request_size(conversation.prompt), teacher.api
+    data = completion[0]
     if isinstance(api, (Continuation, SequenceJudge)):
         return RequestCost(1, size(data.decode(errors='replace')), teacher.max_new_tokens)
-    ids, ends = teacher.codec.write(data, stopped)
+    ids, ends = completion_tokens(teacher, completion)
     if not isinstance(api, PrefixWalk): return api.cost(size(''), len(ids))
     sizes = [size(prefix) for _, prefix in api.prefixes(data, ends, teacher.positions)]
     return RequestCost(len(sizes), sum(sizes), len(sizes))
@@ -196,7 +204,7 @@ def estimate_cost(
     completions: list[tuple[bytes, bool]],  # (bytes, stopped) of each
 ) -> Estimate:
     "What scoring would cost if nothing were in the cache."
-    costs = [completion_cost(teacher, c, *x) for c, x in zip(conversations, completions)]
+    costs = [completion_cost(teacher, c, x) for c, x in zip(conversations, completions)]
     total = sum(costs, RequestCost(0, 0, 0))
     return Estimate(total.requests, total.tokens_in, total.tokens_out, teacher.endpoint.budget.price)
 
@@ -328,7 +336,7 @@ class APITeacher(Teacher):
         "The endpoint's signals, and what it refuses."
         if not completions: return []
         self.show_cost(conversations, completions)
-        work = [score_completion(self, c, *x) for c, x in zip(conversations, completions)]
+        work = [score_completion(self, c, x) for c, x in zip(conversations, completions)]
         signals = self.endpoint.run(work, 'teacher')
         self.refused += sum(isinstance(s, Refused) for s in signals)
         return signals

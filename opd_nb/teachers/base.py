@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['TEACHERS', 'SEPARATOR', 'WEIGHTED_SPEC', 'Capabilities', 'Teacher', 'MinimalTeacher', 'as_teacher',
-           'register_teacher', 'parse_specs', 'load_teacher', 'Unscored', 'EncodedRecord', 'encode_record',
-           'encode_records', 'row_blocks', 'decode_completions', 'secret_value', 'measure_scoring', 'describe']
+           'register_teacher', 'is_self', 'parse_specs', 'load_teacher', 'Unscored', 'EncodedRecord',
+           'encode_completion', 'encode_record', 'encode_records', 'row_blocks', 'decode_completions', 'secret_value',
+           'measure_scoring', 'describe']
 
 # %% ../../nbs/06_teachers/01_base.ipynb #h003
 import inspect
@@ -18,7 +19,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from ..core.errors import BadInput, unknown
-from ..core.types import ACCESS, Access, Conversation, Signal
+from ..core.types import ACCESS, Access, Completion, Conversation, Signal
 from ..core.registry import Registry
 from ..core.config import OPDConfig
 from ..alignment.chat import ChatCodec
@@ -90,6 +91,24 @@ class Teacher(Protocol):
         "What a probe found about each way of asking."
         return []
 
+    def told(self,
+        conversation: Conversation,  # as the student has it
+    ) -> Conversation:
+        "The conversation as this teacher sees it."
+        return conversation
+
+    def after_step(self):
+        "Called after each step of the student, for a teacher that follows it."
+
+    def state(self) -> dict[str, object]:
+        "Tensors that a checkpoint keeps, by name."
+        return {}
+
+    def load_state(self,
+        saved: dict[str, object],  # from `state`; empty if the checkpoint has none
+    ):
+        "Go on where a checkpoint was saved."
+
 # %% ../../nbs/06_teachers/01_base.ipynb #w005
 class MinimalTeacher(Teacher):
     "A teacher that implements `score` and `generate` only, with the defaults for the rest."
@@ -98,7 +117,8 @@ class MinimalTeacher(Teacher):
     ):
         self.inner = inner
         self.hosted = hasattr(inner, 'estimate')
-        for name in ('context', 'hosted', 'notes', 'split', 'estimate', 'probe_all_modes'):
+        for name in ('context', 'hosted', 'notes', 'split', 'estimate', 'probe_all_modes', 'told',
+                     'after_step', 'state', 'load_state'):
             if hasattr(inner, name): setattr(self, name, getattr(inner, name))
 
     def __getattr__(self, name):  # `codec`, `capabilities` and whatever else it has
@@ -136,6 +156,7 @@ TEACHERS = Registry(
     api='opd_nb.teachers.api:api_teacher',
     openrouter='opd_nb.teachers.api:openrouter_teacher',
     mixture='opd_nb.teachers.mixture:mixture_teacher')
+TEACHERS.places['self'] = 'opd_nb.teachers.self_teacher:self_teacher'  # no keyword may be called so
 
 # %% ../../nbs/06_teachers/01_base.ipynb #w010
 def register_teacher(
@@ -146,7 +167,13 @@ def register_teacher(
 
 # %% ../../nbs/06_teachers/01_base.ipynb #c012
 SEPARATOR = re.compile(r',(?=[a-z_]+:)')
-WEIGHTED_SPEC = re.compile(r'(.*?)(?:@((?!0\d)\d{1,3}(?:\.\d+)?|\.\d+))?')
+WEIGHTED_SPEC = re.compile(r'(self:ema@[\d.]+|.*?)(?:@((?!0\d)\d{1,3}(?:\.\d+)?|\.\d+))?')
+
+def is_self(
+    spec: str | list,    # see `parse_specs`
+) -> bool:
+    "Whether the student is its own teacher."
+    return isinstance(spec, str) and spec.startswith('self:')
 
 def parse_specs(
     spec: str | list,          # a spec, 'spec@2,spec@1', a list of specs or of (spec, weight)
@@ -163,16 +190,21 @@ def load_teacher(
     spec: str | list,                 # 'hf:ID or folder', 'tiny:', a bare id or folder; or several,
                                       # see `parse_specs`
     config: OPDConfig | None = None,  # settings that a backend may need: dtype, device, token
+    student=None,                     # an `LM`, for the backend self; loaded anew if not given
 ) -> Teacher:
     "The teacher that a spec names. Raises `BadInput` for an unknown backend."
     config = config or OPDConfig(_env_file=None)
     specs = parse_specs(spec)
+    if len(specs) > 1 and any(is_self(one) for one, _ in specs):
+        raise BadInput('teacher', spec, 'mixes the student itself with others, which is not there',
+                       'Choose the student or the others.')
     if len(specs) > 1: return TEACHERS['mixture'](specs, config)
     spec = specs[0][0]
     scheme, colon, rest = spec.partition(':')
     if not colon or len(scheme) == 1: scheme, rest = 'hf', spec  # a bare id, or a Windows drive
     if scheme not in TEACHERS: raise unknown('teacher', spec, [f'{k}:' for k in TEACHERS.names])
-    return as_teacher(TEACHERS[scheme](rest, config))
+    options = dict(student=student) if scheme == 'self' else {}
+    return as_teacher(TEACHERS[scheme](rest, config, **options))
 
 # %% ../../nbs/06_teachers/01_base.ipynb #6f28f879
 class Unscored(BadInput):
@@ -194,6 +226,15 @@ class EncodedRecord(NamedTuple):
     ids: list[int]      # [T] of the completion
     ends: np.ndarray    # [T] byte offset after each token
 
+# %% ../../nbs/06_teachers/01_base.ipynb #e71dcf31
+def encode_completion(
+    completion: Completion | tuple[bytes, bool],  # (bytes, stopped), perhaps with its writer's ids
+    codec: ChatCodec,                             # the teacher's
+) -> tuple[list[int], np.ndarray]:                # ids [T], ends [T]
+    "A completion in the teacher's tokens: those of its writer, if they came with it."
+    own = getattr(completion, 'ids', ())
+    return (list(own), np.asarray(completion.ends)) if own else codec.write(*completion)
+
 # %% ../../nbs/06_teachers/01_base.ipynb #w015
 def encode_record(
     i: int,                          # number of the record, for messages
@@ -207,7 +248,7 @@ def encode_record(
     try:
         data, stopped = completion  # an empty one that goes on is the teacher's own to write
         prompt_ids = codec.prompt(conversation.prompt, data if data or stopped else None)
-        ids, ends = codec.write(data, stopped)
+        ids, ends = encode_completion(completion, codec)
     except BadInput as e: return Unscored(which, e.value, e.allowed, e.remedy, 'unreadable')
     except ValueError as e:
         remedy = ('Leave the record out, or take a teacher that can read it: '
@@ -280,7 +321,7 @@ def measure_scoring(
         tokens = estimate.tokens_in + estimate.tokens_out
         cost = dict(requests=estimate.requests, tokens=tokens, dollars=dollars)
     else:
-        tokens = len(teacher.codec.prompt(conversation.prompt)) + len(signal.ids)
+        tokens = len(teacher.codec.prompt(teacher.told(conversation).prompt)) + len(signal.ids)
         cost = dict(requests=0, tokens=tokens, dollars=0.0)
     return dict(seconds=seconds, positions=len(signal.ids), bytes=len(completion[0])) | cost
 

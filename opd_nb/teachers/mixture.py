@@ -57,6 +57,12 @@ class Mixture(Teacher):
         last = len(self.weights) - 1
         return next(i for i in range(last + 1) if at < sum(self.weights[:i + 1]) or i == last)
 
+    def told(self,
+        conversation: Conversation,  # as the student has it
+    ) -> Conversation:
+        "The conversation as its teacher sees it."
+        return self.teachers[self.teacher_index(conversation)].told(conversation)
+
     def split(self,
         conversations: list[Conversation],  # to be assigned
     ) -> list[tuple[Teacher, list[int]]]:   # (teacher, indices of its conversations)

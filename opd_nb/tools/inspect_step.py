@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Pair', 'load_pair', 'bytes_by_token', 'readable', 'chunk_table', 'describe_chunks', 'top_token', 'Step', 'in_columns',
            'loss_of', 'LossAndGradient', 'loss_and_gradient', 'check_loss_gradient', 'distil_once', 'look_up',
-           'render_prompt', 'choose_prompt', 'Round', 'probe_round', 'is_hosted', 'RolloutCost', 'probe',
-           'price_of_one']
+           'render_prompt', 'choose_prompt', 'longest_prompt', 'context_lines', 'Round', 'probe_round', 'is_hosted',
+           'RolloutCost', 'probe', 'price_of_one', 'duration']
 
 # %% ../../nbs/11_tools/02_inspect_step.ipynb #c003
 import time
@@ -26,13 +26,16 @@ from ..models.outputs import TopKSide, Side, teacher_side
 from ..models.lm import LM, read
 from ..losses.chunked import LossOutput
 from ..losses.likelihood import token_logprobs
-from ..teachers.base import as_teacher, load_teacher, row_blocks
+from ..teachers.base import as_teacher, is_self, load_teacher, row_blocks
+from ..teachers.context import TeacherContext, in_context, is_told
 from ..data.formats import load_conversations
 from ..training.rollouts import rollout
-from ..training.batch import (by_teacher, continue_rollout, distillation_loss, loss_for,
-                                   read_and_align, score)
+from ..training.batch import (align_each, by_teacher, continue_rollout, distillation_loss,
+                                   has_same_ids, long_for_teacher, loss_for, read_and_align,
+                                   reads_own_ids, score)
 from ..training.methods import sampling_batch_size, weighted_means
-from ..training.setup import compute_dtype, load_student
+from ..training.setup import NOTHING_TOLD, compute_dtype, load_student
+from .machine import Line
 
 # %% ../../nbs/11_tools/02_inspect_step.ipynb #c006
 @dataclass(frozen=True)
@@ -52,8 +55,10 @@ def load_pair(
 ) -> Pair:
     "Load what a step needs."
     if teacher is None: require_teacher(config)
-    teacher = teacher or load_teacher(config.teacher, config)
+    extra = TeacherContext.of(config)
+    if not is_self(config.teacher): teacher = teacher or load_teacher(config.teacher, config)
     student = student or load_student(config)
+    teacher = in_context(teacher or load_teacher(config.teacher, config, student), extra)
     vocab = VocabMap.build(student.codec, teacher.codec) if teacher.codec else None
     loss = loss_for(config.loss, vocab, teacher, config)
     return Pair(config, student, teacher, vocab, loss)
@@ -243,18 +248,20 @@ def distil_once(
     if not sampled[0].ids:
         raise BadInput('prompt', question, 'was answered with nothing at all',
                        'Ask something else, or try another --seed.')
-    scored = score(teacher, sampled)
+    scored = score(teacher, sampled, reads_own_ids(teacher, student.codec, pair.vocab))
     for e in scored.left_out:
         raise BadInput('prompt', question, f'led to a completion that {e.allowed}', e.remedy)
     found = loss_and_gradient(pair, scored.rollouts, scored.signals)
     r, signal = scored.rollouts[0], scored.signals[0]
     if isinstance(signal, TextSignal): r = continue_rollout(student.codec, r, signal)
     teacher_ends = r.ends if isinstance(signal, ScoreSignal) else signal.ends
-    alignment = align([r.ends], [teacher_ends])
+    same = has_same_ids([r], [signal], pair.vocab)
+    alignment = align_each([r.ends]) if same else align([r.ends], [teacher_ends])
     token_bytes = bytes_by_token(r.data, r.ends), bytes_by_token(r.data, teacher_ends)
     chunks = chunk_table(alignment, token_bytes, *look_up(pair, teacher, r, signal), found.out)
     predicted, measured = check_loss_gradient(pair, scored.rollouts, scored.signals, found)
-    prompts = render_prompt(student.codec, conversation), render_prompt(teacher.codec, conversation)
+    told = as_teacher(teacher).told(conversation)
+    prompts = render_prompt(student.codec, conversation), render_prompt(teacher.codec, told)
     return Step(prompts, r, token_bytes, alignment, chunks, pair.loss.name, found.value,
                 found.trained, found.grad_norm, predicted, measured, found.metrics)
 
@@ -298,6 +305,41 @@ def choose_prompt(
     if config.data: return load_conversations(config.data, config.on_error, 1)[0]
     return Conversation((dict(role='user', content='Tell me a story.'),))
 
+# %% ../../nbs/11_tools/02_inspect_step.ipynb #6d00e09a
+def longest_prompt(
+    config: OPDConfig,
+    prompts: list[Conversation],
+) -> int:              # tokens
+    "An estimate without a tokenizer: three bytes for a token, and a template around them."
+    n_bytes = max((sum(len(m['content'].encode()) for m in c.prompt) for c in prompts), default=384)
+    tokens = n_bytes // 3 + 16
+    return min(tokens, config.max_prompt_tokens or tokens)
+
+# %% ../../nbs/11_tools/02_inspect_step.ipynb #b7814abf
+def context_lines(
+    teacher,                      # see `load_teacher`
+    config: OPDConfig,
+    prompts: list[Conversation],
+) -> list[Line]:
+    "What the teacher is told beyond the student's prompts, and whether a completion fits behind."
+    if not is_told(teacher, prompts):
+        is_own = hasattr(teacher, 'follows')
+        return [Line('warning', 'context', NOTHING_TOLD)] if is_own else []
+    def n_characters(c): return sum(len(m['content']) for m in c.prompt)
+    codec, pairs = teacher.codec, [(c, as_teacher(teacher).told(c)) for c in prompts[:100]]
+    if codec: more = [len(codec.prompt(b.prompt)) - len(codec.prompt(a.prompt)) for a, b in pairs]
+    else: more = [(n_characters(b) - n_characters(a)) // 3 for a, b in pairs]
+    few, many = min(more), max(more)
+    tokens = few if few == many else f'{few} to {many}'
+    text = f'the teacher is told {tokens} tokens that the student does not see'
+    remedy = 'Tell it less, lower --max-new-tokens, or take a teacher that reads more.'
+    if len(long_for_teacher(teacher, prompts)) == len(prompts):
+        return [Line('stop', 'context', f'{text}, which leave no room for a completion', remedy)]
+    if not (short := long_for_teacher(teacher, prompts, config.max_new_tokens)):
+        return [Line('ok', 'context', text)]
+    return [Line('warning', 'context', f'{text}; in {len(short)} of {len(prompts)} prompts fewer '
+                 f'than {config.max_new_tokens} are left for a completion', remedy)]
+
 # %% ../../nbs/11_tools/02_inspect_step.ipynb #w004
 @dataclass(frozen=True)
 class Round:
@@ -324,7 +366,8 @@ def probe_round(
     sampled, metrics = time.perf_counter(), {}
     rows = [r for r in rollouts[:n_trained] if r.ids]
     if rows and not is_hosted(pair.teacher):
-        scored = score(pair.teacher, rows)
+        own_ids = reads_own_ids(pair.teacher, pair.student.codec, pair.vocab)
+        scored = score(pair.teacher, rows, own_ids)
         metrics = loss_and_gradient(pair, scored.rollouts, scored.signals).metrics
     return Round(asked, rollouts, sampled - start, time.perf_counter() - sampled, metrics)
 
@@ -375,3 +418,11 @@ def price_of_one(
     if not is_hosted(teacher): return 0.
     dollars = teacher.estimate(r.prompts, [(x.data, x.stopped) for x in r.rollouts]).dollars
     return None if dollars is None else dollars / len(r.rollouts)
+
+# %% ../../nbs/11_tools/02_inspect_step.ipynb #7d1f0395
+def duration(
+    seconds: float,
+) -> str:
+    "Seconds, minutes, hours or days, whichever is readable."
+    units = ((86400, 'days'), (3600, 'hours'), (60, 'minutes'), (1, 'seconds'))
+    return next(f'{seconds / n:.1f} {unit}' for n, unit in units if seconds >= n or n == 1)

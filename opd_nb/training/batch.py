@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['log', 'REASONS_SAID', 'WeightedMetrics', 'PER_POSITION', 'auto_loss', 'settings_of_loss', 'loss_for', 'Scored',
-           'reason_of', 'say_left_out', 'score', 'long_for_teacher', 'warn_of_teachers_context', 'by_teacher',
-           'continue_rollout', 'read_rollouts', 'AlignedBatch', 'read_and_align', 'chunk_mask', 'position_weights',
-           'comparison_metrics', 'distillation_loss', 'judge_advantages', 'judged_loss', 'fault_of', 'micro_batches']
+           'reason_of', 'say_left_out', 'reads_own_ids', 'score', 'long_for_teacher', 'warn_of_teachers_context',
+           'warn_if_told_much', 'by_teacher', 'continue_rollout', 'read_rollouts', 'AlignedBatch', 'read_and_align',
+           'has_same_ids', 'align_each', 'chunk_mask', 'position_weights', 'comparison_metrics', 'distillation_loss',
+           'judge_advantages', 'judged_loss', 'fault_of', 'micro_batches']
 
 # %% ../../nbs/09_training/03_batch.ipynb #c003
 import logging
@@ -22,7 +23,7 @@ from ..core.errors import BadInput
 from ..core.types import Conversation, ScoreSignal, Rollout, Signal, TextSignal
 from ..core.config import OPDConfig
 from ..alignment.chat import ChatCodec
-from ..alignment.chunks import Alignment, align
+from ..alignment.chunks import Alignment, align, concat_ends
 from ..alignment.vocab import VocabMap
 from ..models.outputs import TopKSide, Side, teacher_side
 from ..models.lm import LM, read
@@ -30,6 +31,7 @@ from ..losses.chunked import LossOutput, span_positions, score_weights
 from ..losses.grpo import group_advantages
 from ..losses.registry import DEFAULT_LOSS, LOSSES, get_loss, is_served, loss_parameters
 from ..teachers.base import Capabilities, Teacher, as_teacher
+from ..teachers.context import is_told
 from ..monitor.metrics import agreement_metrics
 from .rollouts import fit_prompt
 
@@ -74,7 +76,10 @@ def loss_for(
         raise BadInput('loss', name, f'asks more than this teacher gives ({can.best})',
                        f'Choose one it can serve: {losses}; or another teacher.')
     if config and name in LOSSES: options = settings_of_loss(name, config) | options
-    return get_loss(name, vocab, **options)
+    loss = get_loss(name, vocab, **options)
+    if name == 'gkd':  # on one sequence of ids, tokens without text are compared like any others
+        loss.on_same_ids = get_loss(name, replace(vocab, tokens=(None, None)), **options)
+    return loss
 
 # %% ../../nbs/09_training/03_batch.ipynb #c009
 @dataclass(frozen=True)
@@ -112,13 +117,25 @@ def say_left_out(
                     'left_out_%s.', e.allowed, e.remedy, reason_of(e))
 
 
+def reads_own_ids(
+    teacher,                  # see `load_teacher`
+    student: ChatCodec,
+    vocab: VocabMap | None,   # of the pair
+) -> bool:
+    "Whether the student's token ids mean the same to its teacher."
+    codec = getattr(teacher, 'codec', None)
+    return bool(codec and vocab and vocab.identical and codec.lead == student.lead)
+
+
 def score(
     teacher,                  # see `load_teacher`
     rollouts: list[Rollout],
+    own_ids: bool = False,    # the teacher reads the student's ids, see `reads_own_ids`
 ) -> Scored:
     "The teacher's signals. Rollouts that it cannot read are left out."
     conversations = [r.conversation for r in rollouts]
-    completions = [(r.data, r.stopped) for r in rollouts]
+    width = len(teacher.codec.bytes) if own_ids else 0  # of two heads, one may be padded more
+    completions = [r.completion(max(r.ids, default=0) < width) for r in rollouts]
     signals = as_teacher(teacher).score(conversations, completions, on_error='return')
     scored = [(r, s) for r, s in zip(rollouts, signals) if not isinstance(s, BadInput)]
     left_out = [s for s in signals if isinstance(s, BadInput)]
@@ -134,11 +151,13 @@ def long_for_teacher(
     "The prompts that leave fewer tokens than that in the context of their teacher."
     found = []
     for one, rows in as_teacher(teacher).split(conversations):
+        one = as_teacher(one)
         if not one.codec or one.context == math.inf: continue
         for c in (conversations[i] for i in rows):
-            n_bytes = sum(len(m['content'].encode(errors='replace')) for m in c.prompt)
+            told = one.told(c).prompt
+            n_bytes = sum(len(m['content'].encode(errors='replace')) for m in told)
             if n_bytes + 256 + n_tokens <= one.context: continue  # a token has at least one byte
-            if len(one.codec.prompt(c.prompt)) + n_tokens > one.context: found.append(c)
+            if len(one.codec.prompt(told)) + n_tokens > one.context: found.append(c)
     return found
 
 
@@ -148,18 +167,34 @@ def warn_of_teachers_context(
     "Count the prompts of which nothing can be learnt; `BadInput` if that is all of them."
     if not run.teacher: return 0
     codec, prompts = run.student.codec, run.train + run.val
-    found = long_for_teacher(run.teacher, [
-        fit_prompt(codec, c, run.max_prompt_tokens).conversation for c in prompts])
-    if not found: return 0
-    counted = f'{len(found)} of {len(prompts)} prompts'
+    fitted = [fit_prompt(codec, c, run.max_prompt_tokens).conversation for c in prompts]
+    told = is_told(run.teacher, fitted)
+    found = long_for_teacher(run.teacher, fitted)
+    counted, more = f'{len(found)} of {len(prompts)} prompts', ''
     remedy = 'Set --max-prompt-tokens lower, filter the data, or take a teacher that reads more.'
+    if told: remedy, more = f'Tell the teacher less. {remedy}', ' with what only it is told'
     if len(found) == len(prompts):
         raise BadInput('teacher', run.config.teacher,
-                       f'has too short a context for {counted}, so nothing could be learnt', remedy)
-    if run.state.is_main_process:
-        log.warning('%s are too long for the context of the teacher; nothing is learnt from them. '
-                    '%s', counted, remedy)
+                       f'has too short a context for {counted}{more}, so nothing could be learnt',
+                       remedy)
+    if found and run.state.is_main_process:
+        log.warning('%s are too long for the context of the teacher%s; nothing is learnt from '
+                    'them. %s', counted, more, remedy)
+    if told and not found: warn_if_told_much(run, fitted)
     return len(found)
+
+
+def warn_if_told_much(
+    run,                                 # a `Run`, see `setup`
+    conversations: list[Conversation],   # as the student hands them on
+):
+    "Say that what the teacher is told leaves less room than the longest completion takes."
+    limit = run.config.max_new_tokens
+    short = long_for_teacher(run.teacher, conversations, limit)
+    if not short or not run.state.is_main_process: return
+    log.warning('What only the teacher is told leaves less than %d tokens for a completion in %d '
+                'of %d prompts; a longer one is left out. Tell it less, or lower '
+                '--max-new-tokens.', limit, len(short), len(conversations))
 
 # %% ../../nbs/09_training/03_batch.ipynb #c025
 def by_teacher(
@@ -216,6 +251,7 @@ class AlignedBatch:
     teacher: Side | TopKSide
     alignment: Alignment
     vocab: VocabMap | None    # of the pair; None if the teacher's vocabulary is not known
+    same_ids: bool = False    # the teacher read the student's own ids
 
     @property
     def prompt_keys(self) -> list[str]: return [r.conversation.key for r in self.rollouts]
@@ -239,7 +275,30 @@ def read_and_align(
     else:
         teacher = teacher_side(signals, len(vocab.tokens[1]) if vocab else 1)
         teacher_ends = [s.ends for s in signals]
-    return AlignedBatch(rollouts, signals, side, teacher, align(student_ends, teacher_ends), vocab)
+    same = has_same_ids(rollouts, signals, vocab)
+    alignment = align_each(student_ends) if same else align(student_ends, teacher_ends)
+    return AlignedBatch(rollouts, signals, side, teacher, alignment, vocab, same)
+
+
+def has_same_ids(
+    rollouts: list[Rollout],
+    signals: list[Signal],    # of these rollouts
+    vocab: VocabMap | None,   # of the pair
+) -> bool:
+    "Whether both sides have one sequence of tokens, in one vocabulary."
+    pairs = zip(rollouts, signals)
+    return bool(vocab and vocab.identical and all(tuple(r.ids) == tuple(s.ids) for r, s in pairs))
+
+
+def align_each(
+    ends: list[tuple[int, ...]],  # [T] byte ends of each completion
+) -> Alignment:
+    "Every token with itself, those without bytes too."
+    rows = [np.asarray(row, np.int64) for row in ends]
+    stride = 2 + max((int(row.max()) for row in rows if len(row)), default=0)
+    laid_out, row = concat_ends(rows, stride), np.repeat(np.arange(len(rows)), [len(r) for r in rows])
+    at, one = np.arange(len(row)), np.ones(len(row), np.int64)
+    return Alignment(at, one, at, one, row, laid_out, laid_out, stride)
 
 # %% ../../nbs/09_training/03_batch.ipynb #c021
 def chunk_mask(
@@ -312,6 +371,7 @@ def distillation_loss(
         mask = position_weights(len(student.ids), alignment, keep).to(student.hidden)
         student = replace(student, weight=mask if student.weight is None else student.weight * mask)
         alignment = alignment.select(keep)
+    if batch.same_ids: loss = getattr(loss, 'on_same_ids', loss)
     out = loss(student, teacher, alignment)
     metrics.append((len(out), {k: v / max(1, len(out)) for k, v in out.logged.items()}))
     return out, metrics

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['log', 'COUNTERS', 'STATE', 'FIXED_SETTINGS', 'data_hash', 'Monitored', 'counters', 'set_counters', 'earlier_settings',
-           'save_student', 'checkpoints', 'newest_checkpoint', 'load_state', 'problem_of', 'intact_checkpoint',
-           'check_unchanged', 'check_resumable', 'check_same_data', 'resume_run', 'write_log', 'save_records',
-           'load_checkpoint', 'restore_weights', 'load_optimizers', 'resume_command', 'StopRequest', 'stop_if_asked',
-           'lost_steps', 'save_merged']
+           'teacher_of', 'save_student', 'checkpoints', 'newest_checkpoint', 'load_state', 'problem_of',
+           'intact_checkpoint', 'check_unchanged', 'check_resumable', 'check_same_data', 'resume_run', 'write_log',
+           'save_records', 'load_checkpoint', 'restore_weights', 'load_optimizers', 'resume_command', 'StopRequest',
+           'stop_if_asked', 'lost_steps', 'save_merged']
 
 # %% ../../nbs/09_training/06_checkpoints.ipynb #h003
 import hashlib
@@ -20,6 +20,7 @@ import shutil
 import signal
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
@@ -29,9 +30,10 @@ from ..core.distributed import all_gather
 from ..core.errors import BadInput, Interrupted
 from ..core.files import damaged_files, move_into_place, write_checksums, write_whole
 from ..core.sources import read_yaml
-from ..core.types import Conversation
+from ..core.types import Conversation, TEACHER_FIELDS
 from ..models.lm import LM, load_adapter_weights, merge_adapters
 from ..models.fsdp import gather_state, is_sharded, load_optimizer_state, load_sharded_weights
+from ..teachers.base import Teacher, as_teacher
 from ..monitor.run_log import read_log, explain_write_errors
 from .vllm_rollouts import on_main_process
 
@@ -45,6 +47,8 @@ def data_hash(
     digest = hashlib.sha256()
     for c in conversations:
         digest.update(json.dumps(c.messages, sort_keys=True, default=str).encode())
+        told = {name: c.metadata[name] for name in TEACHER_FIELDS if name in c.metadata}
+        if told: digest.update(json.dumps(told, sort_keys=True, default=str).encode())
         digest.update(b'\n')
     return digest.hexdigest()
 
@@ -99,6 +103,13 @@ def earlier_settings(
     return values if isinstance(values, dict) else {}
 
 # %% ../../nbs/09_training/06_checkpoints.ipynb #c016
+def teacher_of(
+    run,           # a `Run`, see `setup`
+) -> Teacher:
+    "Its teacher; one without a state if the method needs none."
+    return as_teacher(getattr(run, 'teacher', None) or SimpleNamespace())
+
+
 def save_student(
     run,           # a `Run`, see `setup`
     name: str,     # 'best', 'final' or 'step-N'
@@ -110,6 +121,7 @@ def save_student(
     if name.startswith('step-'):  # gathered by all processes
         state = dict(optimizers=[gather_state(o.state_dict()) for o in run.optimizers],
                      schedulers=[gather_state(s.state_dict()) for s in run.schedulers])
+        if followed := teacher_of(run).state(): state['teacher'] = followed
     if run.state.is_main_process:
         part = folder.with_name(name + '.part')
         shutil.rmtree(part, ignore_errors=True)
@@ -278,6 +290,7 @@ def load_checkpoint(
     saved = load_state(folder)
     check_same_data(run, saved)
     restore_weights(run, folder)
+    teacher_of(run).load_state(saved.get('teacher', {}))
     load_optimizers(run, saved)
     set_counters(run, saved)
 

@@ -34,12 +34,13 @@ from ..core.distributed import all_reduce_sum, all_or_none, all_gather, process_
 from ..core.folders import open_folder, remove_unused, unlock_folder
 from ..core.types import Rollout
 from ..models.fsdp import clip_gradients, is_sharded
+from ..teachers.base import as_teacher
 from ..monitor.metrics import sample_faults, text_metrics
 from ..monitor.run_log import log_event, explain_write_errors
 from ..monitor.trackers import Trackers
 from ..monitor.report import end_of_run, save_samples
 from .batch import (WeightedMetrics, by_teacher, distillation_loss, fault_of,
-                                   micro_batches, read_and_align, score)
+                                   micro_batches, read_and_align, reads_own_ids, score)
 from .methods import (LossSum, MethodLoss, Term, get_method, register_method,
                                      sample_or_reference, step_terms, weighted_means)
 from .checkpoints import (
@@ -96,7 +97,8 @@ def distil(
     for rows in micro_batches(rollouts, run.micro_batch, whole_groups):
         for teacher, texts in by_teacher(run.teacher, rows):
             asked = time.perf_counter()
-            scored = score(teacher, texts)                   # 2. signals, from the teacher
+            own_ids = reads_own_ids(teacher, run.student.codec, run.vocab)
+            scored = score(teacher, texts, own_ids)          # 2. signals, from the teacher
             run.seconds['teacher'] += run.now() - asked
             losses.metrics.append((1, scored.counts))
             if not scored.rollouts: continue                 # none that it can read
@@ -163,6 +165,7 @@ def update_weights(
     "Step the optimizers and the learning-rate schedules."
     if usable:
         for optimizer in run.optimizers: optimizer.step()
+        if run.teacher: as_teacher(run.teacher).after_step()  # it may follow the student
     lr = run.optimizers[-1].param_groups[0]['lr']
     for scheduler in run.schedulers: scheduler.step()
     run.step += 1
