@@ -48,7 +48,8 @@ def write_whole(
     if path.is_dir(): raise IsADirectoryError(errno.EISDIR, 'Is a directory', str(path))
     part = path.with_name(path.name + '.part')
     try:
-        part.write_text(text, encoding='utf-8')
+        part.unlink(missing_ok=True)  # it may be a link to another file
+        with open(part, 'x', encoding='utf-8') as f: f.write(text)
         move_into_place(part, path)
     finally:
         part.unlink(missing_ok=True)

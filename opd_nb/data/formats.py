@@ -37,7 +37,10 @@ def _read_line(line, lines_before):
     return parse_json(line, lines_before)
 
 def _read_text(path):
-    return path.read_text(encoding='utf-8-sig')
+    text = path.read_text(encoding='utf-8-sig')
+    if '\0' not in text: return text
+    raise BadInput('data', str(path), 'must be text in UTF-8, but has NUL bytes, as UTF-16 has',
+                   'Save it as UTF-8.')
 
 def _read_lines(path):
     return [line for line in _read_text(path).split('\n') if line.strip()]

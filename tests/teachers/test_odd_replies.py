@@ -8,8 +8,10 @@ import random
 import time
 
 import pytest
-from hypothesis import HealthCheck, given, settings, strategies
 
+import replies
+from conftest import slow
+from fuzz import attempts
 from opd_nb.core.errors import BadInput
 from opd_nb.core.types import Conversation
 from opd_nb.hosted.client import Endpoint, Request
@@ -18,27 +20,11 @@ from opd_nb.hosted.store import ReplyStore
 from opd_nb.teachers.api import APITeacher
 from opd_nb.teachers.base import load_teacher
 from opd_nb.teachers.same_model import check_same_model
-from servers import Handler, contract_server, http_server, served
+from replies import MODES, PUZZLE, RECORDS, Replay
+from servers import Handler, http_server
 
 KEY = 'sk-planted-4f1c9e'
-MODES = ['prompt_logprobs', 'sglang', 'echo', 'prefix_walk', 'continuation', 'llama_cpp']
 LISTS = [mode for mode in MODES if mode != 'continuation']
-PUZZLE = Conversation(({'role': 'user', 'content': 'Make 31 from 3 7 10.'},))
-RECORDS = [PUZZLE], [(b'7*3=21 21+10=31', True)]
-
-
-class Replay:
-    "Stands in for the SDK's client: gives recorded replies, or records those of a real one."
-    def __init__(self, replies, real=None, change=lambda n, reply: reply):
-        self.replies, self.real, self.change, self.asked = replies, real, change, 0
-
-    def with_options(self, **options): return self
-    async def close(self): pass
-    async def post(self, path, body, cast_to):
-        key = json.dumps([path.rpartition('/')[2], body], sort_keys=True)
-        if self.real: self.replies[key] = await self.real.post(path, body=body, cast_to=object)
-        self.asked += 1
-        return self.change(self.asked - 1, copy.deepcopy(self.replies.get(key, {})))
 
 
 @pytest.fixture(autouse=True)
@@ -60,17 +46,9 @@ def at(store, replies, change=lambda n, reply: reply, **options):
 
 
 @pytest.fixture(scope='module')
-def recorded(codec, tmp_path_factory):
-    "For each mode the replies of a real server to its probe and to one completion."
-    pytest.importorskip('xllamacpp', reason="llama.cpp's server comes with the dev requirements")
-    folder, found = tmp_path_factory.mktemp('recorded'), {}
-    with contract_server('tiny:teacher') as stand_in, served('tiny:teacher') as (llama, _):
-        for mode in MODES:
-            url = llama if mode == 'llama_cpp' else stand_in
-            endpoint = Endpoint(url, 'teacher', cache=ReplyStore(folder / mode), retries=0)
-            endpoint.client = Replay(found.setdefault(mode, {}), endpoint.client)
-            APITeacher(endpoint, codec, mode, 8).score(*RECORDS)
-    return found
+def recorded():
+    "For each mode the replies of a real server to its probe and to one completion, see `replies.py`."
+    return replies.recorded()
 
 
 def teacher_of(mode, codec, store, replies, change=lambda n, reply: reply, **options):
@@ -376,23 +354,21 @@ def mutated(reply, chance):
     return reply
 
 
-@pytest.mark.parametrize('mode', MODES)
-def test_no_reply_ends_in_anything_but_an_error_of_the_projects_own(mode, codec, recorded, tmp_path_factory):
-    folder = tmp_path_factory.mktemp('fuzz')
-    whole = at(ReplyStore(folder / 'whole'), recorded[mode])
-    APITeacher(whole, codec, mode, 8).score(*RECORDS)
-    n_requests = whole.client.asked
-
-    @settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-    @given(strategies.integers(0, 2**32))
-    def run(seed):
-        chance = random.Random(seed)
-        place = chance.randrange(n_requests)
+@pytest.mark.parametrize('seconds', [10, pytest.param(60, marks=slow)])
+def test_no_reply_ends_in_anything_but_an_error_of_the_projects_own(seconds, codec, recorded, tmp_path):
+    "Damage at any place of a probe, of a score or of a completion, in all modes."
+    store, n_requests, read, refused = ReplyStore(tmp_path / 'a'), {}, 0, 0
+    for mode in MODES:
+        whole = at(ReplyStore(tmp_path / mode), recorded[mode])
+        APITeacher(whole, codec, mode, 8).score(*RECORDS)
+        n_requests[mode] = whole.client.asked
+    for chance in attempts(seconds):
+        mode = chance.choice(MODES)
+        place = chance.randrange(n_requests[mode])
         endpoint = at(store, recorded[mode], lambda n, reply: mutated(reply, chance) if n >= place else reply, retries=0)
         store.run('DELETE FROM answers')
         try:
-            try: teacher = APITeacher(endpoint, codec, mode, 8)
-            except BadInput: return
+            teacher = APITeacher(endpoint, codec, mode, 8)
             for signal in teacher.score(*RECORDS):
                 assert not (signal.logprobs > 0).any()
                 if hasattr(signal, 'top_ids'):
@@ -401,8 +377,20 @@ def test_no_reply_ends_in_anything_but_an_error_of_the_projects_own(mode, codec,
                     assert ((signal.top_logprobs.exp() * listed).sum(-1) <= 1.0011).all()
             teacher.generate([PUZZLE], 8)
             check_same_model(endpoint, codec, 8)
-        except (TeacherGone, BadInput): pass
-        finally: endpoint.loop.call_soon_threadsafe(endpoint.loop.stop)
+            read += 1
+        except (TeacherGone, BadInput): refused += 1
+        finally: endpoint.close()
+    print(read, 'read,', refused, 'refused')
+    assert read and refused
 
-    store = ReplyStore(folder / 'a')
-    run()
+
+@slow
+def test_the_recorded_replies_are_those_of_the_servers(recorded, tmp_path):
+    "The same requests, and replies of the same form with the same numbers."
+    pytest.importorskip('xllamacpp', reason="llama.cpp's server comes with the dev requirements")
+    def form(x): return {k: form(v) for k, v in x.items()} if isinstance(x, dict) else [form(v) for v in x] if isinstance(x, list) else round(x, 1) + 0. if isinstance(x, float) else x
+    now = replies.record(tmp_path)
+    for mode in MODES:
+        assert now[mode].keys() == recorded[mode].keys()
+        same = sum(form(now[mode][key]) == form(recorded[mode][key]) for key in recorded[mode])
+        assert same > .8 * len(recorded[mode]), mode
