@@ -71,7 +71,7 @@ def parse_json(
     return value
 
 # %% ../../nbs/01_core/10_text.ipynb #q013
-BETWEEN = re.compile(r'\}\s*\n\s*\{')   # numpy prints no comma; line breaks in a text are escaped
+BETWEEN = re.compile(r'\}[^\S\n]*\n\s*\{')   # numpy prints no comma; line breaks in a text are escaped
 
 def _python_literal(text):
     "A value as Python prints it, parsed and not evaluated; None if it is none."
@@ -147,7 +147,7 @@ def write_text(
 
 # %% ../../nbs/01_core/10_text.ipynb #q022
 FORMULA = re.compile(r'\s*[=＝@＠+＋\-－]')
-HARMLESS = re.compile(r'\s*[+\-][\d.,\s]*%?\s*|\s*[+\-]\s[^(|!=]*')   # -5; - an item of a list
+HARMLESS = re.compile(r'\s*[+\-][\d.,\s]*(%\s*)?|\s*[+\-]\s[^(|!=]*')   # -5; - an item of a list
 
 def _calculates(text):
     text = text.lstrip("'")

@@ -88,7 +88,7 @@ def reply_of(stored: StoredReply) -> Reply:
         parts = [_get(part, 'text') for part in text]
         text = ''.join(part for part in parts if isinstance(part, str))
     finish = (_get(choice, 'finish_reason') or 'stop') if choice else 'nothing'
-    made = datetime.fromtimestamp(stored.made or 0, timezone.utc)
+    made = datetime.fromtimestamp(min(max(stored.made or 0, 0), 2**33), timezone.utc)
     return Reply(
         text=str(refusal or text or '').encode('utf-8', 'replace').decode(),  # no lone surrogates
         finish='refusal' if refusal else finish, model=stored.model,

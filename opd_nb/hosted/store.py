@@ -149,8 +149,8 @@ class ReplyStore:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             make_file(self.path, 0o644 if exclusive else 0o600)
-        except OSError as e:
-            raise self.unusable(e.strerror) from None
+        except (OSError, ValueError) as e:  # a null byte is a ValueError
+            raise self.unusable(getattr(e, 'strerror', e)) from None
         try:
             if exclusive: self.shared = self.connect()
             self.run(TABLE)

@@ -3,6 +3,7 @@ damaged and hostile files. Whatever a file holds, it is read, or refused with a 
 import csv
 import json
 import logging
+import time
 from pathlib import Path
 
 import pandas as pd
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from conftest import slow
 from fuzz import attempts, damaged
 from opd_nb.core.errors import BadInput
+from opd_nb.core.text import as_cell, loaded
 from opd_nb.core.types import Conversation
 from opd_nb.data.formats import load_conversations, read_rows, save_conversations
 
@@ -306,6 +308,38 @@ def test_no_cell_that_we_write_is_a_formula(tmp_path):
 
 
 # whatever a file holds
+
+def refused(path, words, data):
+    path.write_bytes(data)
+    with pytest.raises(BadInput, match=words): load_conversations(path)
+
+
+def test_a_key_with_two_values_is_refused(tmp_path):
+    refused(tmp_path / 'x.jsonl', "'prompt' is there twice", b'{"prompt": "a", "prompt": "b"}')
+    assert load_conversations(write(tmp_path, [dict(prompt='a')])) and loaded('{"a": 1, "a": 1}') == {'a': 1}
+
+
+@pytest.mark.parametrize('name', ['x.txt', 'x.csv', 'x.jsonl'])
+@pytest.mark.parametrize('code', ['utf-16-le', 'utf-32-be'])
+def test_text_of_another_encoding_is_refused(tmp_path, name, code): refused(tmp_path / name, 'NUL', 'prompt,answer\nHi,4\n'.encode(code))
+
+
+@pytest.mark.parametrize('part', [dict(type='image', text=''), dict(type='image_url', text='see', image_url={'url': 'x'}), dict(text='see', image='x.png')])
+def test_a_picture_with_a_text_is_a_picture(tmp_path, part):
+    with pytest.raises(BadInput, match='no text'): load_one(tmp_path, dict(messages=[dict(role='user', content=[part, dict(type='text', text='What?')])]))
+
+
+def test_half_a_character_in_metadata_can_be_saved(tmp_path):
+    found = load_conversations(write(tmp_path, [{'prompt': 'a', '\ud83d': 1}]))
+    for ending in ('csv', 'jsonl'): assert load_conversations(save_conversations(found, tmp_path / f'again.{ending}'))[0].messages == found[0].messages
+
+
+@pytest.mark.parametrize('text', ['-' + ' ' * 50_000 + 'x', '[}' + '\n' * 50_000 + 'x'])
+def test_no_text_takes_long(text):
+    start = time.monotonic()
+    as_cell(text), loaded(text)
+    assert time.monotonic() - start < 1
+
 
 NAMES = ['prompt', 'Prompt', 'instruction', 'input', 'messages', 'conversations', 'history', 'context', 'chosen', 'answer', 'completion', 'system',
          'metadata', 'tools', 'choices', 'target', 'text', 'x', '', 'role']

@@ -1,24 +1,30 @@
 "Odd replies of endpoints: what is not said is left out, what cannot be is asked again, and nothing escapes."
 import asyncio
+import base64
 import copy
 import gzip
 import json
 import math
 import random
 import time
+from urllib.parse import quote, quote_plus
 
 import pytest
 
 import replies
 from conftest import slow
 from fuzz import attempts
+from opd_nb.core.config import OPDConfig
 from opd_nb.core.errors import BadInput
+from opd_nb.core.sources import warn_once
 from opd_nb.core.types import Conversation
 from opd_nb.hosted.client import Endpoint, Request
-from opd_nb.hosted.pricing import BudgetReached, TeacherGone
-from opd_nb.hosted.store import ReplyStore
-from opd_nb.teachers.api import APITeacher
+from opd_nb.data.replies import reply_of
+from opd_nb.hosted.pricing import BudgetReached, TeacherGone, price_of
+from opd_nb.hosted.store import ReplyStore, StoredReply
+from opd_nb.teachers.api import APITeacher, find_codec
 from opd_nb.teachers.base import load_teacher
+from opd_nb.teachers.scoring_apis import read_id
 from opd_nb.teachers.same_model import check_same_model
 from replies import MODES, PUZZLE, RECORDS, Replay
 from servers import Handler, http_server
@@ -358,14 +364,16 @@ def mutated(reply, chance):
 def test_no_reply_ends_in_anything_but_an_error_of_the_projects_own(seconds, codec, recorded, tmp_path):
     "Damage at any place of a probe, of a score or of a completion, in all modes."
     store, n_requests, read, refused = ReplyStore(tmp_path / 'a'), {}, 0, 0
+    endpoint = at(store, {}, retries=0)  # one for all: making a client takes longer than a try
     for mode in MODES:
-        whole = at(ReplyStore(tmp_path / mode), recorded[mode])
-        APITeacher(whole, codec, mode, 8).score(*RECORDS)
-        n_requests[mode] = whole.client.asked
+        endpoint.client = Replay(recorded[mode])
+        store.run('DELETE FROM answers')
+        APITeacher(endpoint, codec, mode, 8).score(*RECORDS)
+        n_requests[mode] = endpoint.client.asked
     for chance in attempts(seconds):
         mode = chance.choice(MODES)
         place = chance.randrange(n_requests[mode])
-        endpoint = at(store, recorded[mode], lambda n, reply: mutated(reply, chance) if n >= place else reply, retries=0)
+        endpoint.client = Replay(recorded[mode], change=lambda n, reply: mutated(reply, chance) if n >= place else reply)
         store.run('DELETE FROM answers')
         try:
             teacher = APITeacher(endpoint, codec, mode, 8)
@@ -379,9 +387,9 @@ def test_no_reply_ends_in_anything_but_an_error_of_the_projects_own(seconds, cod
             check_same_model(endpoint, codec, 8)
             read += 1
         except (TeacherGone, BadInput): refused += 1
-        finally: endpoint.close()
+    endpoint.close()
     print(read, 'read,', refused, 'refused')
-    assert read and refused
+    assert refused > read / 9
 
 
 @slow
@@ -394,3 +402,54 @@ def test_the_recorded_replies_are_those_of_the_servers(recorded, tmp_path):
         assert now[mode].keys() == recorded[mode].keys()
         same = sum(form(now[mode][key]) == form(recorded[mode][key]) for key in recorded[mode])
         assert same > .8 * len(recorded[mode]), mode
+
+
+@pytest.mark.parametrize('key', ['sk-planted/4f1c+9e==', 'sk planted 4f1c9e'])
+def test_a_key_is_hidden_in_every_spelling(key, tmp_path):
+    said = ' '.join([key, quote(key, safe=''), quote_plus(key), base64.b64encode(key.encode()).decode(), json.dumps(key)])
+    server, _ = served_by(lambda h: h.send(400, dict(error=dict(message=said))))
+    with server as url: told = str(one(Endpoint(url, 'm', key, ReplyStore(tmp_path / 'a'), retries=0)))
+    assert 'planted' not in told and 'cGxhbnRlZ' not in told and '***' in told
+
+
+@pytest.mark.parametrize('key, headers', [('sk-pl“nted', None), ('sk-a\nb', None), ('sk-abc', {'X-A': 'a\r\nX-B: b'})])
+def test_what_no_header_can_hold_is_refused(key, headers, tmp_path):
+    with pytest.raises(BadInput, match='ASCII') as error: Endpoint('http://127.0.0.1:9', 'm', key, ReplyStore(tmp_path / 'a'), headers=headers)
+    assert 'sk-' not in str(error.value)
+
+
+def test_white_space_around_a_key_is_none_of_it(tmp_path):
+    server, seen = served_by(lambda h: h.send(200, dict(text='x')))
+    with server as url: one(Endpoint(url, 'm', f' {KEY}\n', ReplyStore(tmp_path / 'a')))
+    assert {k.lower(): v for k, v in seen[0][1].items()}['authorization'] == f'Bearer {KEY}'
+
+
+@pytest.mark.parametrize('url', ['http://[::1', 'http://a:99999/v1', 'http://a:b/v1', 'http://\x1b[31m/v1'])
+def test_an_address_that_is_none(url, tmp_path):
+    with pytest.raises(BadInput, match='address') as error: Endpoint(url, 'm', cache=ReplyStore(tmp_path / 'a'))
+    assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize('price', ['nan,1', 'inf,inf', '-1,-1', '1e400,1', (math.nan, 1.), (1.,), (None, 1.)])
+def test_a_price_that_would_lift_the_limit(price):
+    with pytest.raises(BadInput, match='two numbers'): price_of('http://127.0.0.1', 'm', price)
+
+
+@pytest.mark.parametrize('content', [[dict(text=5)], [dict(text=None), 'x', 7], {'a': 1}, [[dict(text='a')]]])
+def test_odd_parts_of_a_synthetic_reply(content):
+    assert isinstance(reply_of(StoredReply(dict(choices=[dict(message=dict(content=content))]), 'm', 1, 1, None, math.inf)).text, str)
+
+
+def test_only_the_user_grants_trust_to_a_tokenizer(tmp_path, monkeypatch):
+    "What an endpoint names as its tokenizer runs no code, even if the user trusts that of the model."
+    asked = []
+    monkeypatch.setattr('transformers.AutoTokenizer.from_pretrained', lambda name, **options: asked.append((name, options['trust_remote_code'])) or 1 / 0)
+    endpoint = Endpoint('http://127.0.0.1:9', 'mine', cache=ReplyStore(tmp_path / 'a'))
+    monkeypatch.setattr(endpoint, 'entry', lambda: dict(root='theirs/code'))
+    assert find_codec(endpoint, OPDConfig(teacher_trust_remote_code=True, _env_file=None)) is None
+    assert asked == [('theirs/code', False), ('mine', True)]
+
+
+def test_ids_that_the_tokenizer_does_not_have_are_said(caplog):
+    warn_once.cache_clear()
+    assert [read_id(i, 512) for i in (511, 512, 513)] == [511, None, None] and caplog.text.count('left out') == 1
