@@ -302,4 +302,5 @@ def test_what_a_card_quotes_is_text(tmp_path):
     (tmp_path / 'config.yaml').write_text(yaml.safe_dump(dict(student=str(tmp_path / 'best'), teacher=teacher, data='```\n# mine', loss='x|y')))
     (tmp_path / 'log.jsonl').touch()
     card = model_card(find_student(tmp_path))
-    assert card.count('\n---\n') == 1 and '<script' not in card and '\x1b' not in card and card.count('```') == 4 and '\n# mine' not in card
+    prose = ''.join(card.split('```')[::2])
+    assert card.count('\n---\n') == 1 and '<script' not in prose and '\x1b' not in card and card.count('```') == 4 and '\n# mine' not in prose
