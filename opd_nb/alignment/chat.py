@@ -6,7 +6,7 @@
 __all__ = ['PARTS', 'ROLES_IN_PARTS', 'as_parts', 'text_of', 'expected_text', 'spellings', 'without_whitespace', 'is_written',
            'template_error', 'one_line', 'render_once', 'left_out', 'render_strictly', 'render', 'TurnMarkers',
            'new_word', 'RenderedExample', 'rendered_example', 'end_of_turn', 'warn_of_thoughts', 'turn_markers',
-           'through_text', 'open_ended', 'ChatCodec']
+           'through_text', 'open_ended', 'special_tokens', 'ChatCodec']
 
 # %% ../../nbs/02_alignment/02_chat.ipynb #h003
 import json
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..core.errors import BadInput
+from ..core.sources import warn_once
 from ..core.text import SURROGATE
 from .tokens import TokenBytes, repair_utf8
 
@@ -258,6 +259,16 @@ def open_ended(
     while ids and ids[-1] == tok.eos_token_id and tok.eos_token_id != tok.bos_token_id: ids.pop()
     return ids
 
+# %% ../../nbs/02_alignment/02_chat.ipynb #1eea53c1
+def special_tokens(
+    tok,                  # tokenizer
+) -> re.Pattern[str]:
+    "Finds the names of special tokens in a text."
+    added = (getattr(token, 'content', '') for token in tok.added_tokens_decoder.values()
+             if token.special)
+    names = sorted(filter(None, added), key=len, reverse=True)
+    return re.compile('|'.join(map(re.escape, names)) or r'(?!)')
+
 # %% ../../nbs/02_alignment/02_chat.ipynb #c049
 class ChatCodec:
     "Messages to prompt ids, generated ids to bytes, bytes to ids, for one model."
@@ -280,6 +291,7 @@ class ChatCodec:
         stop_ids,                # ids that end a completion beside the template's end of turn
     ):
         "Set `markers`, `lead` and `stop_ids` from the template of `tok`."
+        self.special_tokens = special_tokens(self.tok)
         if self.tok.chat_template: self.markers = turn_markers(self.tok)
         self.lead = self.markers.lead.encode()
         ids = (self.markers.end, *stop_ids)
@@ -310,8 +322,20 @@ class ChatCodec:
     ) -> list[int]:             # token ids
         "The prompt as this model was trained to see it."
         text = self.render(messages, completion)
+        self.tell_special_tokens(messages)
         if not self.tok.chat_template: return open_ended(self.tok, text)
         return list(self.tok(text, add_special_tokens=False)['input_ids'])
+
+    def tell_special_tokens(self,
+        messages: list[dict[str, object]],   # chat messages
+    ):
+        "Log, once, that a message holds what is no text to this tokenizer."
+        found = (self.special_tokens.search(text_of(m)) for m in messages)
+        if token := next(filter(None, found), None):
+            warn_once(f'A prompt holds {token[0]!r}, which the tokenizer of '
+                      f'{os.path.basename(str(self.tok.name_or_path))!r} reads as a special token '
+                      'and not as text: what follows may count as another turn. Take it out of '
+                      'the data, unless it is meant so.')
 
     def read(self,
         ids: list[int],                     # generated token ids, up to and with the first stop

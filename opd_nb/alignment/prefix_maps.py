@@ -207,6 +207,7 @@ def segment(
         encodings = tokens.backend.encode_batch_fast(
             [d.decode() for d in valid], add_special_tokens=False)
         for data, encoding in zip(valid, encodings):
+            if encoding is None: continue
             encoded[data] = [vocab.index(tokens.table[i]) for i in encoding.ids]
     return [encoded[d] if d in encoded else greedy_segment(vocab, d) for d in texts]
 

@@ -138,6 +138,7 @@ class VocabMap:
     stops: tuple[list[int], list[int]] = ((), ())  # token ids that end a turn, on each side
 
     def __len__(self): return len(self.student.ids)
+    def __bool__(self): return True  # a pair without a common token is a pair
 
     @classmethod
     def build(cls,

@@ -14,11 +14,11 @@ import shutil
 import time
 from pathlib import Path
 
-import yaml
 from filelock import FileLock, Timeout
 
 from .config import OPDConfig
 from .errors import BadInput
+from .sources import read_yaml
 
 log = logging.getLogger('opd_nb')
 
@@ -58,8 +58,8 @@ def settings_that_differ(
     folder: Path,      # of a run
 ) -> list[str] | None: # names of settings; None if it is not known what the run had
     "In which settings a run in a folder differs from these."
-    try: saved = yaml.safe_load((folder / 'config.yaml').read_text(encoding='utf-8'))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError): return None
+    try: saved = read_yaml(folder / 'config.yaml')
+    except (OSError, ValueError): return None
     if not isinstance(saved, dict): return None
     ignored = {'output_dir', 'epochs'} | ({'max_steps'} if config.epochs else set())
     return [name for name, value in config.kept().items()
@@ -121,9 +121,9 @@ def open_folder(
         path.mkdir(parents=True, exist_ok=True)
         (path / '.writable').touch()
         (path / '.writable').unlink()
-    except OSError as e:
-        raise BadInput('output_dir', str(path),
-                       f'must be a folder that can be written to ({e.strerror})',
+    except (OSError, ValueError) as e:
+        why = getattr(e, 'strerror', e)
+        raise BadInput('output_dir', str(path), f'must be a folder that can be written to ({why})',
                        'Choose another with --output-dir.') from None
     check_run_folder(path, resume)
     lock_folder(path)
@@ -172,7 +172,7 @@ def remove_leftovers(
         place = left.with_suffix('')
         lost = left.suffix == '.old' and not place.exists()  # the crash came between two renames
         if lost: left.rename(place)
-        elif left.is_dir(): shutil.rmtree(left)
+        elif left.is_dir() and not left.is_symlink(): shutil.rmtree(left)
         else: left.unlink()
 
 # %% ../../nbs/01_core/11_folders.ipynb #54e2f5f3

@@ -14,12 +14,15 @@ from .errors import unknown
 # %% ../../nbs/01_core/03_registry.ipynb #n005
 class Registry(dict):
     "Objects by name; those of modules that are not imported yet are imported on first use."
+    of_kind: dict[str, 'Registry'] = {}  # of the modules that are imported
+
     def __init__(self,
         kind: str,      # what the objects are, for messages: 'loss', 'method'
         **places: str,  # name -> 'module:object' of what is imported when it is asked for
     ):
         super().__init__()
         self.kind, self.places = kind, places
+        Registry.of_kind[kind] = self
 
     def register(self,
         name: str,      # under which the object is found

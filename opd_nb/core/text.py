@@ -17,7 +17,7 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import BadInput, printable
+from .errors import BadInput, printable, shown
 
 # %% ../../nbs/01_core/10_text.ipynb #q007
 MAX_DEPTH = 100   # lists and objects within each other
@@ -46,13 +46,22 @@ def _finite(digits):
 def _no_number(name):
     return None
 
+def _object(pairs):
+    "An object of JSON. Raises a `ValueError` for a key that has two values."
+    value = dict(pairs)
+    if len(value) == len(pairs): return value
+    twice = next((key for key, x in pairs if x != value[key]), None)
+    if twice is None: return value
+    raise ValueError(f'the key {shown(twice)} is there twice, with two values,')
+
 def parse_json(
     text: str,              # of one JSON value
     lines_before: int = 0,  # in the file, for the message
 ):                          # the value, or a `BadLine`
     "Parse JSON, or say what is wrong with it and in which line of the file."
     line = lines_before + 1
-    try: value = json.loads(text, parse_constant=_no_number, parse_float=_finite)
+    try: value = json.loads(text, parse_constant=_no_number, parse_float=_finite,
+                            object_pairs_hook=_object)
     except RecursionError: return BadLine(text, f'is nested too deeply in line {line}')
     except ValueError as e:  # a number of thousands of digits is no `JSONDecodeError`
         message, line = getattr(e, 'msg', e), lines_before + getattr(e, 'lineno', 1)
@@ -62,7 +71,7 @@ def parse_json(
     return value
 
 # %% ../../nbs/01_core/10_text.ipynb #q013
-BETWEEN = re.compile(r'\}\s*\n\s*\{')   # numpy prints no comma; line breaks in a text are escaped
+BETWEEN = re.compile(r'\}[^\S\n]*\n\s*\{')   # numpy prints no comma; line breaks in a text are escaped
 
 def _python_literal(text):
     "A value as Python prints it, parsed and not evaluated; None if it is none."
@@ -138,7 +147,7 @@ def write_text(
 
 # %% ../../nbs/01_core/10_text.ipynb #q022
 FORMULA = re.compile(r'\s*[=＝@＠+＋\-－]')
-HARMLESS = re.compile(r'\s*[+\-][\d.,\s]*%?\s*|\s*[+\-]\s[^(|!=]*')   # -5; - an item of a list
+HARMLESS = re.compile(r'\s*[+\-][\d.,\s]*(%\s*)?|\s*[+\-]\s[^(|!=]*')   # -5; - an item of a list
 
 def _calculates(text):
     text = text.lstrip("'")

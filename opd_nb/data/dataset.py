@@ -23,7 +23,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_core import PydanticCustomError
 
 from ..core.errors import BadInput, unknown
-from ..core.sources import explain
+from ..core.sources import explain, read_yaml
 from ..core.text import as_cell, counted, json_text, write_text
 from .formats import load_conversations, save_conversations
 from .plan import KINDS, PlanEstimate, money, read_plan
@@ -202,8 +202,8 @@ def _refuse_other_plan(folder, wanted):
     "Raise `BadInput` if the plan in the folder was drawn from other settings."
     file = folder / 'plan.yaml'
     if not file.exists(): return
-    try: drawn_from = dict(yaml.safe_load(file.read_text(encoding='utf-8')))
-    except (yaml.YAMLError, TypeError, ValueError, RecursionError, OSError):
+    try: drawn_from = dict(read_yaml(file))
+    except (TypeError, ValueError, OSError):
         raise BadInput('out', str(folder), 'has a plan.yaml that cannot be read',
                        'Delete that file; the plan itself is in plan.csv.') from None
     for k, v in drawn_from.items():

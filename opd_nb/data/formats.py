@@ -20,7 +20,8 @@ from pathlib import Path
 import pandas as pd
 
 from ..core.errors import BadInput, unknown
-from ..core.text import BadLine, as_cell, counted, from_cell, json_text, parse_json, write_text
+from ..core.text import (SURROGATE, BadLine, as_cell, counted, from_cell, json_text, parse_json,
+                                write_text)
 from ..core.types import Conversation
 from .records import ASKING, PROMPTS, TURNS, read_row, row_shape
 
@@ -37,7 +38,10 @@ def _read_line(line, lines_before):
     return parse_json(line, lines_before)
 
 def _read_text(path):
-    return path.read_text(encoding='utf-8-sig')
+    text = path.read_text(encoding='utf-8-sig')
+    if 5 * text.count('\0') < len(text) or not text: return text
+    raise BadInput('data', str(path), 'must be text in UTF-8, but has NUL bytes, as UTF-16 has',
+                   'Save it as UTF-8.')
 
 def _read_lines(path):
     return [line for line in _read_text(path).split('\n') if line.strip()]
@@ -303,14 +307,18 @@ def load_conversations(
     return conversations
 
 # %% ../../nbs/07_data/02_formats.ipynb #c032
+def _writable(value):
+    "A value as JSON, with the escape of half a character, which no table can hold."
+    return SURROGATE.sub(lambda half: f'\\u{ord(half[0]):04x}', json_text(value))
+
 def as_table_row(
     c: Conversation,
 ) -> dict[str, str | None]:
     "A conversation as a row of a table: prompt, response, messages, metadata."
-    row = dict(prompt=None, response=None, messages=None, metadata=json_text(c.metadata))
+    row = dict(prompt=None, response=None, messages=None, metadata=_writable(c.metadata))
     if [m['role'] for m in c.messages] in (['user'], ['user', 'assistant']):
         return row | dict(prompt=c.messages[0]['content'], response=c.reference)
-    return row | dict(messages=json_text(c.messages))
+    return row | dict(messages=_writable(c.messages))
 
 # %% ../../nbs/07_data/02_formats.ipynb #c033
 def save_conversations(

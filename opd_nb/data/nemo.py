@@ -160,7 +160,7 @@ def plain(
 ) -> str:
     "The text of a cell, which may be a list of parts."
     if isinstance(content, str) or content is None: return content or ''
-    return ''.join(p.get('text', '') if isinstance(p, dict) else str(p) for p in content)
+    return ''.join(str(p.get('text') or '') if isinstance(p, dict) else str(p) for p in content)
 
 def _texts(row: dict, cells: dict, turns: int) -> list[str]:
     "The messages of a record, alternately question and answer; '' where there is none."

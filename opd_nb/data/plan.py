@@ -25,6 +25,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 
 from ..core.errors import BadInput, shown, unknown
+from ..core.sources import read_yaml
 from ..core.text import parse_json
 from ..core.types import Conversation
 from .formats import read_table
@@ -89,15 +90,9 @@ def _fields(path: Path) -> dict:
     "The fields of a domain file, every value as text."
     name, remedy = str(path), f"Compare it with {files('opd_nb') / 'domains' / 'general.yaml'}."
     try:
-        found = yaml.load(path.read_text(encoding='utf-8-sig'), yaml.BaseLoader)  # JSON is YAML
-    except UnicodeDecodeError as e:
-        allowed = f'must be text in UTF-8, but byte {e.start} is not'
-        raise BadInput('domain', name, allowed, 'Save it as UTF-8.') from None
-    except yaml.YAMLError as e:
-        mark = getattr(e, 'problem_mark', None)
-        line = f' in line {mark.line + 1}' if mark else ''
-        problem = getattr(e, 'problem', None) or 'it has characters that are no text'
-        raise BadInput('domain', name, f'is no YAML: {problem}{line}', remedy) from None
+        found = read_yaml(path, yaml.BaseLoader)  # JSON is YAML
+    except (ValueError, OSError) as e:
+        raise BadInput('domain', name, f'is no YAML: {e}', remedy) from None
     if not isinstance(found, dict):
         raise BadInput('domain', name, 'must have lines such as `domain_name: tea`', remedy)
     return found

@@ -84,9 +84,11 @@ def reply_of(stored: StoredReply) -> Reply:
     choice = first_reply_choice(stored.reply)
     message = _get(choice, 'message')
     refusal, text = _get(message, 'refusal'), _get(message, 'content')
-    if isinstance(text, list): text = ''.join(_get(part, 'text') or '' for part in text)
+    if isinstance(text, list):
+        parts = [_get(part, 'text') for part in text]
+        text = ''.join(part for part in parts if isinstance(part, str))
     finish = (_get(choice, 'finish_reason') or 'stop') if choice else 'nothing'
-    made = datetime.fromtimestamp(stored.made or 0, timezone.utc)
+    made = datetime.fromtimestamp(min(max(stored.made or 0, 0), 2**33), timezone.utc)
     return Reply(
         text=str(refusal or text or '').encode('utf-8', 'replace').decode(),  # no lone surrogates
         finish='refusal' if refusal else finish, model=stored.model,

@@ -102,7 +102,7 @@ def plot_task(
     shown = {m: e for m in models if (e := mean_estimate(results, m, task))}
     notes = bar_notes(results, task, against)
     percent = results.scale(task) == 100
-    right = 100 if percent else max(e.high for e in shown.values())
+    right = 100 if percent else max((e.high for e in shown.values()), default=0) or 1
     fig, ax = plt.subplots(figsize=(7.2, .48 * len(shown) + 1.3), layout='constrained')
     draw_bars(ax, shown, notes, right)
     label = axis_label(results, task) + ('' if task.higher else ' (lower is better)')

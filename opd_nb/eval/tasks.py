@@ -6,7 +6,7 @@
 __all__ = ['SHIPPED', 'EXAMPLE', 'TASKS', 'shipped_tasks', 'data_folder', 'find_task_file', 'Unavailable', 'BadQuestions',
            'bad_questions', 'bad_row', 'read_choices', 'check_fields', 'question_rows', 'described', 'notes_on',
            'leaves_some', 'in_memory', 'local_task', 'answer_task', 'own_data', 'load_judge', 'register_task', 'maker',
-           'harness_names', 'offline_remedy', 'load_from_hub', 'hub_tasks', 'tasks_for']
+           'harness_names', 'offline_remedy', 'load_from_hub', 'require_trust', 'hub_tasks', 'tasks_for']
 
 # %% ../../nbs/10_eval/05_tasks.ipynb #c003
 import hashlib
@@ -393,14 +393,29 @@ def load_from_hub(
         ) from None
 
 
+def require_trust(
+    name: str,   # of a task file of lm-eval
+):
+    "Raise `BadInput` unless the user allows foreign code: such a file has templates and functions."
+    if OPDConfig().trust_remote_code: return
+    raise BadInput(
+        'task',
+        name,
+        'is a task file of lm-eval, which may run any code, and was not read',
+        'Read it; if you trust it, set OPD_TRUST_REMOTE_CODE=true.',
+    )
+
+
 def hub_tasks(
     name: str,         # of lm-eval: a task, a group, a tag, or a YAML file
     options: Options,  # how to ask
 ) -> list[Task]:
     "Tasks of lm-eval, with questions from wherever its files say."
     manager = harness_names()
-    if name not in manager.all_tasks and not name.endswith('.yaml'):
-        raise unknown('task', name, {*SHIPPED, *TASKS.names, *manager.all_tasks})
+    if name not in manager.all_tasks:
+        if not name.endswith('.yaml'):
+            raise unknown('task', name, {*SHIPPED, *TASKS.names, *manager.all_tasks})
+        require_trust(name)
     found = load_from_hub(name, manager)
     try:
         return [lm_eval_task(t, options) for t in found.values()]

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ODD_FORM', 'MAX_COUNT', 'REMEDIES', 'FAILURES', 'Request', 'Unreadable', 'Refused', 'strict_reader', 'strings_in',
-           'error_text', 'token_usage', 'teacher_address', 'display_name', 'Client', 'json_reader', 'Endpoint']
+           'error_text', 'token_usage', 'teacher_address', 'display_name', 'checked_headers', 'Client', 'json_reader',
+           'Endpoint']
 
 # %% ../../nbs/05_hosted/04_client.ipynb #c003
 import asyncio
@@ -72,7 +73,7 @@ def error_text(
     "What an endpoint says of an error, in one line, without what it quotes."
     body = error.body if isinstance(error.body, dict) else {}
     text = next((t for t in (body.get('message'), body.get('detail')) if isinstance(t, str)), '')
-    if key: text = text.replace(key, '***')
+    for secret in secret_values(key, None): text = text.replace(secret, '***')
     for quoted in sorted((t for t in texts if len(t) > 2), key=len, reverse=True):
         text = text.replace(quoted, '…').replace(json.dumps(quoted)[1:-1], '…')
     text = re.sub(r'''[\[{]['"\[{\d].*''', '…', text, flags=re.S)  # lists and objects quote too
@@ -108,7 +109,12 @@ def teacher_address(
     url: str,        # as the user wrote it
 ) -> SplitResult:
     "The parts of an address, checked."
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+        parts.port
+    except ValueError as e:
+        remedy = 'Write api:http://127.0.0.1:8000/v1#model.'
+        raise BadInput('teacher', url, f'must have an address ({e})', remedy) from None
     if parts.scheme not in ('http', 'https') or not parts.hostname:
         remedy = 'Write api:http://127.0.0.1:8000/v1#model.'
         raise BadInput('teacher', url, 'must have an address', remedy)
@@ -128,6 +134,18 @@ def display_name(
     short = model or 'the server'
     if model.startswith('/'): short = model.rsplit('/', 1)[-1]  # the server's path of the model
     return printable(f'{short} at {parts.hostname}' + (f':{parts.port}' if parts.port else ''), 200)
+
+# %% ../../nbs/05_hosted/04_client.ipynb #02f3510a
+def checked_headers(
+    key: dict[str, str],             # the key of an endpoint, if there is one
+    headers: dict[str, str] | None,  # that are sent as well
+) -> dict[str, str]:                 # `key`
+    "Raise `BadInput` for what no header can hold. A value may be secret, and is not shown."
+    for name, value in {**(headers or {}), **key}.items():
+        if str(value).isascii() and str(value).isprintable(): continue
+        raise BadInput(name, '...', 'must be letters, digits and signs of ASCII, on one line',
+                       'Copy it again, without what an editor made of it.')
+    return key
 
 # %% ../../nbs/05_hosted/04_client.ipynb #c015
 REMEDIES = {
@@ -158,6 +176,7 @@ class Client:
         parts = teacher_address(url)
         self.url = url.rstrip('/') + ('/v1' if add_v1 and not parts.path.strip('/') else '')
         self.root = self.url.removesuffix('/v1')
+        key = checked_headers(dict(key=key.strip()) if key else {}, headers).get('key')
         self.model, self.key, self.retries = model, key, retries
         self.who = display_name(parts, model)
         price = price_of(self.url, model, price)

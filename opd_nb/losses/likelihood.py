@@ -228,7 +228,7 @@ def pg(
     """Clipped surrogate per chunk; a chunk's weight is its number of student tokens.
 
     Its value is minus the advantage while the policy is that of sampling."""
-    stops = vocab.stops[0] if vocab else ()
+    stops = vocab.stops[0] if vocab is not None else ()
 
     def value(s, q, block):
         now = token_logprobs(s, block.student_ids, stops)

@@ -39,8 +39,9 @@ class FileTokenizer:
         self.eot_token_id = self._special_id(C.llama_vocab_eot(v.vocab), 'eot')
         template = C.llama_model_chat_template(v.model, None) or b''
         self.chat_template = template.decode(errors='replace') or None
-        special = types.SimpleNamespace(special=True)
-        self.added_tokens_decoder = {i: special for i, known in enumerate(v.special) if known}
+        self.added_tokens_decoder = {
+            i: types.SimpleNamespace(special=True, content=self._name(i))
+            for i, known in enumerate(v.special) if known}
 
     def __call__(self,
         text: str,                        # to be tokenised
@@ -95,6 +96,21 @@ class MiddleEncoder:
         add_special_tokens: bool = False,  # of no effect
     ) -> list[types.SimpleNamespace]:
         return [self.encode(text) for text in texts]
+
+    def encode_batch_fast(self,
+        texts: list[str],                  # to be tokenised
+        add_special_tokens: bool = False,  # of no effect
+    ) -> list[types.SimpleNamespace | None]:
+        "The same, with None for a text that its tokens do not spell."
+        def encoded(text):
+            try: return self.encode(text)
+            except ValueError: return None
+        return [encoded(text) for text in texts]
+
+    def to_str(self) -> str:
+        "What tells this tokenizer from others: its file."
+        stat = self.vocabulary.path.stat()
+        return f'{self.vocabulary.path.resolve()} {stat.st_size} {stat.st_mtime_ns}'
 
 # %% ../../nbs/06_teachers/04_gguf.ipynb #c007
 class FileCodec(ChatCodec):

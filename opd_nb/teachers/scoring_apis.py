@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Awaitable, Callable
 
+from ..core.sources import warn_once
 from ..alignment.chat import ChatCodec
 from ..hosted.client import Malformed, Request, Refused
 
@@ -70,7 +71,9 @@ def read_id(
     require(type(value) is int, 'a token id that is no whole number')
     # heads are a little wider than their tokenizers (Qwen2.5: 151,936 for 151,665)
     require(0 <= value < n + n // 256, f'a token id out of range ({str(value)[:12]})')
-    return value if value < n else None
+    if value < n: return value
+    warn_once('The endpoint lists token ids that its tokenizer does not have; they are left out.')
+    return None
 
 # %% ../../nbs/06_teachers/05_scoring_apis.ipynb #o006
 MAX_TOKEN_BYTES = 4096

@@ -14,6 +14,7 @@ import ctypes
 import json
 import os
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -284,20 +285,20 @@ def write_gguf(
 ):
     "A model as a float GGUF file."
     gguf, config = require_package('gguf'), lm.model.config
-    writer = gguf.GGUFWriter(str(path), architecture(config))
-    writer.add_type(gguf.GGUFType.MODEL)
-    writer.add_name(Path(lm.path).name)
-    writer.add_size_label(gguf.size_label(sum(p.numel() for p in lm.model.parameters()), 0, 0, 0))
-    writer.add_file_type(FILE_TYPES['f16' if half else 'f32'])
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    add_hyperparameters(writer, config)
-    add_tokenizer(writer, lm)
-    for name, weight in gguf_tensors(lm.model):
-        writer.add_tensor(name, weight.astype('float16') if half and weight.ndim > 1 else weight)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    size = sum(p.numel() for p in lm.model.parameters())
+    with closing(gguf.GGUFWriter(str(path), architecture(config))) as writer:
+        writer.add_type(gguf.GGUFType.MODEL)
+        writer.add_name(Path(lm.path).name)
+        writer.add_size_label(gguf.size_label(size, 0, 0, 0))
+        writer.add_file_type(FILE_TYPES['f16' if half else 'f32'])
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        add_hyperparameters(writer, config)
+        add_tokenizer(writer, lm)
+        for name, weight in gguf_tensors(lm.model):
+            writer.add_tensor(name, weight.astype('float16') if half and weight.ndim > 1 else weight)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
 
 # %% ../../nbs/11_tools/05_export_gguf.ipynb #c031
 def quantize(

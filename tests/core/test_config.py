@@ -1,11 +1,17 @@
 "Every key that people have in `.env`, with the meaning and the default it has always had; and presets as files."
+import logging
+import time
 from pathlib import Path
 
 import pytest
 
 from opd_nb.core.errors import BadInput
-from opd_nb.core.sources import presets, read_preset
+from opd_nb.core.files import write_whole
+from opd_nb.core.folders import open_folder, unlock_folder
+from opd_nb.core.sources import presets, read_file, read_preset, read_yaml
 from opd_nb.core.config import OPDConfig
+from opd_nb.data.dataset import _refuse_other_plan
+from opd_nb.data.plan import load_domain
 
 ROOT = Path(__file__).resolve().parents[2]
 KEYS = [  # key, a value, the setting it means, what that becomes, the default
@@ -171,3 +177,57 @@ def test_prompts_of_the_laptop_are_those_of_the_game():
 def test_nothing_secret_in_a_message(tmp_path):
     with pytest.raises(BadInput) as e: OPDConfig(_env_file=None, openrouter_api_key=dict(key='planted-secret-3'))
     assert 'planted' not in str(e.value)
+
+
+LAUGHS = 'a0: &a0 [ha, ha]\n' + ''.join(f'a{n}: &a{n} [' + f'*a{n - 1}, ' * 9 + ']\n' for n in range(1, 12))
+MERGES = 'a0: &a0 {k: v}\n' + ''.join(f'a{n}: &a{n} {{<<: [' + f'*a{n - 1}, ' * 9 + f'], k{n}: v}}\n' for n in range(1, 12))
+
+
+@pytest.mark.parametrize('text, words', [(LAUGHS, 'too large'), (MERGES, 'too large'), ('a: &a ' + 'x' * 10**5 + '\n' + ''.join(f'b{n}: *a\n' for n in range(20)), 'too large'),
+                                         ('a: &a [*a]', 'itself'), ('max_steps: 5\nmax_steps: 9', 'twice'), ('a: {b: 1, b: 2}', 'twice'), ('- ' * 3000, 'deeply')])
+@pytest.mark.parametrize('reader', [read_file, load_domain, lambda path: _refuse_other_plan(path.parent, dict(n='3'))], ids=['settings', 'domain', 'plan'])
+def test_yaml_that_is_a_trap(tmp_path, text, words, reader):
+    "One loader for all YAML of others: it expands nothing, and says what is wrong."
+    path = tmp_path / 'plan.yaml'
+    path.write_text(text)
+    start = time.monotonic()
+    with pytest.raises(BadInput, match=words if reader in (read_file, load_domain) else 'cannot be read') as error: reader(path)
+    assert time.monotonic() - start < 5 and len(str(error.value)) < 1000
+
+
+def test_yaml_with_aliases_is_read(tmp_path):
+    (tmp_path / 'x.yaml').write_text('\ufeffa: &a {b: 1}\n' + ''.join(f'c{n}: {{<<: *a, b: 2}}\n' for n in range(100)), encoding='utf-8')
+    found = read_yaml(tmp_path / 'x.yaml')
+    assert found['a'] == {'b': 1} and found['c99'] == {'b': 2} and len(found) == 101
+
+
+def test_a_method_that_was_registered_is_a_setting():
+    "Its name is accepted from where all settings are; another one is not."
+    from opd_nb.training.methods import METHODS, register_method
+    with pytest.raises(BadInput, match='opd'): OPDConfig(method='mine', _env_file=None)
+    register_method('mine')(print)
+    try: assert OPDConfig(method='mine', _env_file=None).method == 'mine'
+    finally: del METHODS['mine']
+
+
+@pytest.mark.parametrize('name', ['best.old', 'config.yaml.part', 'run.old'])
+def test_a_link_in_a_folder_leads_nowhere(tmp_path, name):
+    "What a link of somebody else's folder points to is neither removed nor written."
+    folder, other = tmp_path / 'run', tmp_path / 'other'
+    for made in (folder, folder / 'best', other): made.mkdir()
+    (folder / 'log.jsonl').touch()
+    (other / 'precious').write_text('keep')
+    (folder / name).symlink_to(other / 'precious' if name.endswith('part') else other)
+    write_whole(folder / 'config.yaml', 'max_steps: 1\n')
+    open_folder(folder, True)
+    unlock_folder(folder)
+    assert (other / 'precious').read_text() == 'keep'
+
+
+def test_a_folder_that_no_system_has():
+    with pytest.raises(BadInput, match='null byte'): open_folder(Path('a\0b'), False)
+
+
+def test_what_is_logged_is_clean(caplog):
+    logging.getLogger('opd_nb').warning('%s and %d', 'a\x1b[2J\u202e.jsonl', 7)
+    assert '\x1b' not in caplog.text and '\u202e' not in caplog.text and 'and 7' in caplog.text

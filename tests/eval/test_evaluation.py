@@ -3,15 +3,19 @@
 import json, os, re, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from conftest import ROOT, real
 
 pytest.importorskip('lm_eval', reason='pip install "opd_nb[eval]"')
 pytest.importorskip('rouge_score', reason='pip install "opd_nb[eval]"')
-from opd_nb.models.lm import LM
+from opd_nb.core.errors import BadInput
+from opd_nb.models.lm import LM, tiny_folder
 from opd_nb.eval.questions import Options
-from opd_nb.eval.evaluate import evaluate
+from opd_nb.eval.evaluate import evaluate, read_records
+from opd_nb.eval.models import lineup
+from opd_nb.eval.tasks import tasks_for
 
 LOCAL = (
     'arc_easy_local',
@@ -515,3 +519,37 @@ def test_the_run_notebook_in_small(tmp_path):
         m['figures']['countdown teacher']['value'] > m['figures']['countdown base']['value']
         and m['figures']['teacher_answers teacher']['value'] == 1
     )
+
+
+@pytest.mark.parametrize('config', [b'student: [', b'student: caf\xe9', b'[1]', b'beta: 1', b'student: [1]'])
+def test_a_run_whose_settings_cannot_be_read(tmp_path, config):
+    (tmp_path / 'config.yaml').write_bytes(config)
+    (tmp_path / 'log.jsonl').touch()
+    with pytest.raises(BadInput, match='config.yaml'): lineup([str(tmp_path)])
+
+
+def test_odd_lines_of_a_log_have_no_step(tmp_path):
+    shutil.copytree(tiny_folder('student'), tmp_path / 'final')
+    (tmp_path / 'config.yaml').write_text('student: "tiny:"')
+    (tmp_path / 'log.jsonl').write_bytes(b'{"step": "x"}\n[{"step": 1}]\n\xff\n{"x": {"step": 9}}\n{"event": "step", "step": 3}\n{"step": 4')
+    assert [(e.name, e.step) for e in lineup([str(tmp_path)])] == [('base', 0), ('final', 3)]
+
+
+def test_odd_lines_of_kept_records_are_asked_again(tmp_path):
+    good = [dict(question='a', answer='x', figures=dict(acc=1)), dict(question='b', answer='y', figures=dict(acc=float('nan'))), dict(question='c', answer='z')]
+    odd = [b'{"question": ["a"], "answer": 1}', b'[' * 10**5, b'\xff', b'9' * 5000, *(b'{"question": "d", "answer": "", "figures": ' + x + b'}' for x in (b'[1]', b'{"acc": "x"}', b'{"acc": 1' + b'0' * 400 + b'}'))]
+    (tmp_path / 'r.jsonl').write_bytes(b'\n'.join([*odd, *(json.dumps(r).encode() for r in good)]))
+    found = read_records(tmp_path / 'r.jsonl')
+    assert list(found) == ['a', 'b', 'c'] and np.isnan(found['b']['figures']['acc'])
+
+
+@pytest.mark.parametrize('line', ['doc_to_text: !function mine.f', "doc_to_text: \"{{ cycler.__init__.__globals__.os.system('touch ran') }}\""])
+def test_a_task_file_of_somebody_is_not_run(tmp_path, monkeypatch, line):
+    "Its functions, and its templates too, are code."
+    pytest.importorskip('lm_eval', reason='pip install "opd_nb[eval]"')
+    monkeypatch.chdir(tmp_path)
+    Path('mine.py').write_text("open('ran', 'w').close()\ndef f(x): return x")
+    Path('q.jsonl').write_text('{"question": "q", "answer": "a"}\n')
+    Path('t.yaml').write_text(f'task: mine\ndataset_path: json\ndataset_kwargs: {{data_files: q.jsonl}}\ntest_split: train\noutput_type: generate_until\n{line}\ndoc_to_target: "{{{{answer}}}}"\nmetric_list: [{{metric: exact_match}}]\n')
+    with pytest.raises(BadInput, match='TRUST_REMOTE_CODE'): tasks_for(str(tmp_path / 't.yaml'), Options())
+    assert not Path('ran').exists()

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from opd_nb.cli.app import main
 from opd_nb.core.config import OPDConfig
 from opd_nb.core.errors import BadInput
+from opd_nb.core.sources import warn_once
 from opd_nb.eval.models import lineup
 from opd_nb.models.lm import LM, tiny_folder
 from opd_nb.models.memory import shape_of
@@ -436,3 +437,103 @@ for load in (lambda: LM.load('some/model', device='cpu'), lambda: files.load_con
             n += 1
     assert n == 1, (n, done.stderr)
     assert len(done.stdout.splitlines()) == 4 and done.stdout.count('some/') >= 4 and 'does not answer' in done.stderr, done.stdout + done.stderr
+
+
+# weights that are no numbers, or need a scale
+
+def changed(change): return lambda folder: rewrite(folder / 'model.safetensors', lambda w: {k: change(k, v) for k, v in w.items()})
+
+
+def put(name, value):
+    def change(k, v):
+        if name in k: v[(0,) * v.ndim] = value
+        return v
+    return changed(change)
+
+
+def untied(folder):
+    put('embed_tokens', 0.)(folder)
+    rewrite(folder / 'model.safetensors', lambda w: w | {'lm_head.weight': w['model.embed_tokens.weight'].clone()})
+    rewrite(folder / 'model.safetensors', lambda w: (w['model.embed_tokens.weight'][77].fill_(float('nan')), w)[1])
+    described(folder, tie_word_embeddings=False)
+
+
+def described(folder, name='config.json', **given):
+    path = folder / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | given))
+
+
+def matrices(dtype): return changed(lambda k, v: (100 * v).to(dtype) if v.ndim > 1 else v)
+def renamed(old, new): return changed_names(lambda k: k.replace(old, new) if 'proj' in k else k)
+def changed_names(change): return lambda folder: rewrite(folder / 'model.safetensors', lambda w: {change(k): v for k, v in w.items()})
+def with_scales(folder): rewrite(folder / 'model.safetensors', lambda w: w | {f'{k}_scale': torch.ones(1) for k in w if 'proj' in k})
+
+
+ODD_WEIGHTS = {'NaN in a query': (put('q_proj', float('nan')), 'not numbers'), 'infinity in a key': (put('k_proj', float('inf')), 'not numbers'),
+               'NaN in one row of an embedding that is not the head': (untied, 'not numbers'), 'whole numbers': (matrices(torch.int8), 'quantised'),
+               'eight bits': (matrices(torch.float8_e4m3fn), 'quantised'), 'qweight': (renamed('.weight', '.qweight'), 'quantised'), 'scales': (with_scales, 'quantised')}
+
+
+@pytest.mark.parametrize('case', ODD_WEIGHTS)
+def test_weights_that_are_not_what_they_seem(tmp_path, case):
+    spoil, words = ODD_WEIGHTS[case]
+    spoil(copy_of('student', tmp_path / 'm'))
+    (tmp_path / 'm' / 'SHA256SUMS').unlink(missing_ok=True)
+    with pytest.raises(BadInput, match=words): LM.load(str(tmp_path / 'm'), device='cpu')
+
+
+def test_scales_of_a_servers_cache_are_left_out_and_said(tmp_path):
+    folder = copy_of('student', tmp_path / 'm')
+    rewrite(folder / 'model.safetensors', lambda w: w | {f'model.layers.0.self_attn.{x}_scale': torch.ones(1) for x in 'kv'})
+    with pytest.warns(UserWarning, match='2 tensors .* left out'): LM.load(str(folder), device='cpu')
+
+
+@pytest.mark.parametrize('twice', [False, True])
+def test_a_tensor_in_two_files(tmp_path, twice):
+    folder = copy_of('student', tmp_path / 'm')
+    weights = load_file(folder / 'model.safetensors')
+    (folder / 'model.safetensors').unlink()
+    names = sorted(weights)
+    files = {'model-00001-of-00002.safetensors': names[:9], 'model-00002-of-00002.safetensors': names[9 - twice:]}
+    for file, own in files.items(): save_file({n: weights[n] for n in own}, folder / file, metadata=dict(format='pt'))
+    index = dict(metadata={}, weight_map={n: file for file, own in files.items() for n in own})
+    (folder / 'model.safetensors.index.json').write_text(json.dumps(index))
+    if twice:
+        with pytest.raises(BadInput, match='twice'): LM.load(str(folder), device='cpu')
+    else: LM.load(str(folder), device='cpu')
+
+
+@pytest.mark.parametrize('given, words', [(dict(lora_alpha=float('inf')), 'lora_alpha'), (dict(target_modules='(a+)+$|(.*.*)*x'), 'repeated'),
+                                          (dict(base_model_name_or_path=5), 'must name'), (dict(base_model_name_or_path=['x']), 'must name')])
+def test_adapters_with_an_odd_config(tmp_path, given, words):
+    adapters_on(str(tiny_folder('student')), tmp_path / 'a')
+    described(tmp_path / 'a', 'adapter_config.json', **given)
+    with pytest.raises(BadInput, match=words): LM.load(str(tmp_path / 'a'), device='cpu')
+
+
+def test_adapters_that_are_no_numbers(tmp_path):
+    adapters_on(str(tiny_folder('student')), tmp_path / 'a')
+    rewrite(tmp_path / 'a' / 'adapter_model.safetensors', lambda w: {k: v * float('nan') if 'lora_A' in k else v for k, v in w.items()})
+    with pytest.raises(BadInput, match='not numbers'): LM.load(str(tmp_path / 'a'), device='cpu')
+
+
+@pytest.mark.parametrize('eos', ['2', [2, 10**7], [[2], None, 'x', True, -1]])
+def test_ends_that_are_no_tokens_are_none(tmp_path, eos):
+    described(copy_of('student', tmp_path / 'm'), 'generation_config.json', eos_token_id=eos)
+    lm = LM.load(str(tmp_path / 'm'), device='cpu')
+    assert lm.codec.stop_ids == LM.load('tiny:student', device='cpu').codec.stop_ids
+
+
+def test_a_name_that_is_too_long_for_a_path():
+    for spec in ('x/' * 3000, '/' + 'x' * 5000):
+        with pytest.raises(BadInput): LM.load(spec)
+
+
+def test_special_tokens_in_a_prompt_are_said(caplog):
+    warn_once.cache_clear()
+    codec = LM.load('tiny:student', device='cpu').codec
+    end = codec.tok.decode([codec.stop_ids[0]])
+    codec.prompt([dict(role='user', content='Make 31.')])
+    assert not caplog.text
+    for _ in range(2): codec.prompt([dict(role='user', content=f'Make 31.{end}\nAnd now?')])
+    assert caplog.text.count('reads as a special token') == 1 and end in caplog.text

@@ -1,44 +1,36 @@
 "Odd replies of endpoints: what is not said is left out, what cannot be is asked again, and nothing escapes."
 import asyncio
+import base64
 import copy
 import gzip
 import json
 import math
 import random
 import time
+from urllib.parse import quote, quote_plus
 
 import pytest
-from hypothesis import HealthCheck, given, settings, strategies
 
+import replies
+from conftest import slow
+from fuzz import attempts
+from opd_nb.core.config import OPDConfig
 from opd_nb.core.errors import BadInput
+from opd_nb.core.sources import warn_once
 from opd_nb.core.types import Conversation
 from opd_nb.hosted.client import Endpoint, Request
-from opd_nb.hosted.pricing import BudgetReached, TeacherGone
-from opd_nb.hosted.store import ReplyStore
-from opd_nb.teachers.api import APITeacher
+from opd_nb.data.replies import reply_of
+from opd_nb.hosted.pricing import BudgetReached, TeacherGone, price_of
+from opd_nb.hosted.store import ReplyStore, StoredReply
+from opd_nb.teachers.api import APITeacher, find_codec
 from opd_nb.teachers.base import load_teacher
+from opd_nb.teachers.scoring_apis import read_id
 from opd_nb.teachers.same_model import check_same_model
-from servers import Handler, contract_server, http_server, served
+from replies import MODES, PUZZLE, RECORDS, Replay
+from servers import Handler, http_server
 
 KEY = 'sk-planted-4f1c9e'
-MODES = ['prompt_logprobs', 'sglang', 'echo', 'prefix_walk', 'continuation', 'llama_cpp']
 LISTS = [mode for mode in MODES if mode != 'continuation']
-PUZZLE = Conversation(({'role': 'user', 'content': 'Make 31 from 3 7 10.'},))
-RECORDS = [PUZZLE], [(b'7*3=21 21+10=31', True)]
-
-
-class Replay:
-    "Stands in for the SDK's client: gives recorded replies, or records those of a real one."
-    def __init__(self, replies, real=None, change=lambda n, reply: reply):
-        self.replies, self.real, self.change, self.asked = replies, real, change, 0
-
-    def with_options(self, **options): return self
-    async def close(self): pass
-    async def post(self, path, body, cast_to):
-        key = json.dumps([path.rpartition('/')[2], body], sort_keys=True)
-        if self.real: self.replies[key] = await self.real.post(path, body=body, cast_to=object)
-        self.asked += 1
-        return self.change(self.asked - 1, copy.deepcopy(self.replies.get(key, {})))
 
 
 @pytest.fixture(autouse=True)
@@ -60,17 +52,9 @@ def at(store, replies, change=lambda n, reply: reply, **options):
 
 
 @pytest.fixture(scope='module')
-def recorded(codec, tmp_path_factory):
-    "For each mode the replies of a real server to its probe and to one completion."
-    pytest.importorskip('xllamacpp', reason="llama.cpp's server comes with the dev requirements")
-    folder, found = tmp_path_factory.mktemp('recorded'), {}
-    with contract_server('tiny:teacher') as stand_in, served('tiny:teacher') as (llama, _):
-        for mode in MODES:
-            url = llama if mode == 'llama_cpp' else stand_in
-            endpoint = Endpoint(url, 'teacher', cache=ReplyStore(folder / mode), retries=0)
-            endpoint.client = Replay(found.setdefault(mode, {}), endpoint.client)
-            APITeacher(endpoint, codec, mode, 8).score(*RECORDS)
-    return found
+def recorded():
+    "For each mode the replies of a real server to its probe and to one completion, see `replies.py`."
+    return replies.recorded()
 
 
 def teacher_of(mode, codec, store, replies, change=lambda n, reply: reply, **options):
@@ -376,33 +360,96 @@ def mutated(reply, chance):
     return reply
 
 
-@pytest.mark.parametrize('mode', MODES)
-def test_no_reply_ends_in_anything_but_an_error_of_the_projects_own(mode, codec, recorded, tmp_path_factory):
-    folder = tmp_path_factory.mktemp('fuzz')
-    whole = at(ReplyStore(folder / 'whole'), recorded[mode])
-    APITeacher(whole, codec, mode, 8).score(*RECORDS)
-    n_requests = whole.client.asked
-
-    @settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-    @given(strategies.integers(0, 2**32))
-    def run(seed):
-        chance = random.Random(seed)
-        place = chance.randrange(n_requests)
-        endpoint = at(store, recorded[mode], lambda n, reply: mutated(reply, chance) if n >= place else reply, retries=0)
+@pytest.mark.parametrize('seconds', [10, pytest.param(60, marks=slow)])
+def test_no_reply_ends_in_anything_but_an_error_of_the_projects_own(seconds, codec, recorded, tmp_path):
+    "Damage at any place of a probe, of a score or of a completion, in all modes."
+    store, n_requests, read, refused = ReplyStore(tmp_path / 'a'), {}, 0, 0
+    endpoint = at(store, {}, retries=0)  # one for all: making a client takes longer than a try
+    for mode in MODES:
+        endpoint.client = Replay(recorded[mode])
+        store.run('DELETE FROM answers')
+        APITeacher(endpoint, codec, mode, 8).score(*RECORDS)
+        n_requests[mode] = endpoint.client.asked
+    for chance in attempts(seconds):
+        mode = chance.choice(MODES)
+        place = chance.randrange(n_requests[mode])
+        endpoint.client = Replay(recorded[mode], change=lambda n, reply: mutated(reply, chance) if n >= place else reply)
         store.run('DELETE FROM answers')
         try:
-            try: teacher = APITeacher(endpoint, codec, mode, 8)
-            except BadInput: return
+            teacher = APITeacher(endpoint, codec, mode, 8)
             for signal in teacher.score(*RECORDS):
                 assert not (signal.logprobs > 0).any()
                 if hasattr(signal, 'top_ids'):
                     listed = signal.top_ids >= 0
                     assert (signal.top_ids < len(codec.bytes)).all() and (signal.top_ids >= -1).all()
                     assert ((signal.top_logprobs.exp() * listed).sum(-1) <= 1.0011).all()
-            teacher.generate([PUZZLE], 8)
+            read += 1
+            teacher.generate([PUZZLE], 8)  # which nobody recorded: damage without a seed
             check_same_model(endpoint, codec, 8)
-        except (TeacherGone, BadInput): pass
-        finally: endpoint.loop.call_soon_threadsafe(endpoint.loop.stop)
+        except (TeacherGone, BadInput): refused += 1
+    endpoint.close()
+    print(read, 'scored;', refused, 'ended in a refusal')
+    assert read and refused
 
-    store = ReplyStore(folder / 'a')
-    run()
+
+@slow
+def test_the_recorded_replies_are_those_of_the_servers(recorded, tmp_path):
+    "The same requests, and replies of the same form with the same numbers."
+    pytest.importorskip('xllamacpp', reason="llama.cpp's server comes with the dev requirements")
+    def form(x): return {k: form(v) for k, v in x.items()} if isinstance(x, dict) else [form(v) for v in x] if isinstance(x, list) else round(x, 1) + 0. if isinstance(x, float) else x
+    now = replies.record(tmp_path)
+    for mode in MODES:
+        assert now[mode].keys() == recorded[mode].keys()
+        same = sum(form(now[mode][key]) == form(recorded[mode][key]) for key in recorded[mode])
+        assert same > .8 * len(recorded[mode]), mode
+
+
+@pytest.mark.parametrize('key', ['sk-planted/4f1c+9e==', 'sk planted 4f1c9e'])
+def test_a_key_is_hidden_in_every_spelling(key, tmp_path):
+    said = ' '.join([key, quote(key, safe=''), quote_plus(key), base64.b64encode(key.encode()).decode(), json.dumps(key)])
+    server, _ = served_by(lambda h: h.send(400, dict(error=dict(message=said))))
+    with server as url: told = str(one(Endpoint(url, 'm', key, ReplyStore(tmp_path / 'a'), retries=0)))
+    assert 'planted' not in told and 'cGxhbnRlZ' not in told and '***' in told
+
+
+@pytest.mark.parametrize('key, headers', [('sk-pl“nted', None), ('sk-a\nb', None), ('sk-abc', {'X-A': 'a\r\nX-B: b'})])
+def test_what_no_header_can_hold_is_refused(key, headers, tmp_path):
+    with pytest.raises(BadInput, match='ASCII') as error: Endpoint('http://127.0.0.1:9', 'm', key, ReplyStore(tmp_path / 'a'), headers=headers)
+    assert 'sk-' not in str(error.value)
+
+
+def test_white_space_around_a_key_is_none_of_it(tmp_path):
+    server, seen = served_by(lambda h: h.send(200, dict(text='x')))
+    with server as url: one(Endpoint(url, 'm', f' {KEY}\n', ReplyStore(tmp_path / 'a')))
+    assert {k.lower(): v for k, v in seen[0][1].items()}['authorization'] == f'Bearer {KEY}'
+
+
+@pytest.mark.parametrize('url', ['http://[::1', 'http://a:99999/v1', 'http://a:b/v1', 'http://\x1b[31m/v1'])
+def test_an_address_that_is_none(url, tmp_path):
+    with pytest.raises(BadInput, match='address') as error: Endpoint(url, 'm', cache=ReplyStore(tmp_path / 'a'))
+    assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize('price', ['nan,1', 'inf,inf', '-1,-1', '1e400,1', (math.nan, 1.), (1.,), (None, 1.)])
+def test_a_price_that_would_lift_the_limit(price):
+    with pytest.raises(BadInput, match='two numbers'): price_of('http://127.0.0.1', 'm', price)
+
+
+@pytest.mark.parametrize('content', [[dict(text=5)], [dict(text=None), 'x', 7], {'a': 1}, [[dict(text='a')]]])
+def test_odd_parts_of_a_synthetic_reply(content):
+    assert isinstance(reply_of(StoredReply(dict(choices=[dict(message=dict(content=content))]), 'm', 1, 1, None, math.inf)).text, str)
+
+
+def test_only_the_user_grants_trust_to_a_tokenizer(tmp_path, monkeypatch):
+    "What an endpoint names as its tokenizer runs no code, even if the user trusts that of the model."
+    asked = []
+    monkeypatch.setattr('transformers.AutoTokenizer.from_pretrained', lambda name, **options: asked.append((name, options['trust_remote_code'])) or 1 / 0)
+    endpoint = Endpoint('http://127.0.0.1:9', 'mine', cache=ReplyStore(tmp_path / 'a'))
+    monkeypatch.setattr(endpoint, 'entry', lambda: dict(root='theirs/code'))
+    assert find_codec(endpoint, OPDConfig(teacher_trust_remote_code=True, _env_file=None)) is None
+    assert asked == [('theirs/code', False), ('mine', True)]
+
+
+def test_ids_that_the_tokenizer_does_not_have_are_said(caplog):
+    warn_once.cache_clear()
+    assert [read_id(i, 512) for i in (511, 512, 513)] == [511, None, None] and caplog.text.count('left out') == 1

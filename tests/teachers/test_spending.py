@@ -4,6 +4,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
@@ -68,24 +69,66 @@ def test_two_at_once_share_the_limit(server, tmp_path):
 PROCESS = '''
 import sys
 from opd_nb.hosted.client import Endpoint, Request
-from opd_nb.hosted.pricing import BudgetReached
 from opd_nb.hosted.store import ReplyStore
 url, file, name = sys.argv[1:]
-endpoint = Endpoint(url, 'm', cache=ReplyStore(file), price='10,10', max_dollars=.1, concurrency=1)
-sent = 0
-for i in range(30):
-    try: endpoint.run([endpoint.ask(Request('/completions', dict(prompt=f'{name} {i}'), 1000, 0))])
-    except BudgetReached: break
+endpoint = Endpoint(url, 'm', cache=ReplyStore(file), price='10,10', max_dollars=.1, concurrency=8, retries=0)
+print('ready', flush=True)
+sys.stdin.readline()
+endpoint.run([endpoint.ask(Request('/completions', dict(prompt=f'{name} {i}'), 1000, 0)) for i in range(30)])
 '''
 
 
-def test_processes_share_the_limit(server, tmp_path):
-    "Two at once, and no more than one request of each is under way when the limit is reached."
+def started(url, file, names):
+    "Processes that begin when all of them are there."
+    running = [subprocess.Popen([sys.executable, '-c', PROCESS, url, str(file), name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) for name in names]
+    for p in running: p.stdout.readline()
+    for p in running: p.stdin.write(b'now\n'); p.stdin.flush()
+    return running
+
+
+@pytest.fixture
+def slow_server(server, monkeypatch):
+    "A server whose replies take a moment, so that many requests are under way at once."
+    answer = Handler.send
+    monkeypatch.setattr(Handler, 'send', lambda *a, **k: (time.sleep(.2), answer(*a, **k)))
+    return server
+
+
+def test_processes_share_the_limit(slow_server, tmp_path):
+    "Two at once, each with eight requests under way: together they pay for ten, and not for one more."
+    url, paid = slow_server
+    for p in started(url, tmp_path / 'a', 'ab'): p.communicate()
+    assert len(paid) == 10 and sorted(body['prompt'][0] for body in paid) != ['a'] * 10
+    assert ReplyStore(tmp_path / 'a').run('SELECT * FROM reserved') == []
+    assert [p.name for p in tmp_path.iterdir() if len(p.name) > 9] == []
+
+
+def test_a_killed_process_sets_nothing_aside(tmp_path):
+    "Its requests were not paid for, as far as anybody knows; what it had set aside is free again."
+    class Hang(Handler):
+        seen = []
+        def do_POST(self):
+            self.seen.append(self.body())
+            time.sleep(1.5)
+            self.close_connection = True
+    with http_server(Hang) as url:
+        process, = started(f'{url}/v1', tmp_path / 'a', 'a')
+        while len(Hang.seen) < 8: time.sleep(.02)
+        store = ReplyStore(tmp_path / 'a')
+        assert store.reserve('m', .05, .1) is None
+        process.kill()
+        process.communicate()
+        assert store.reserve('m', .05, .1) is not None
+        assert store.run('SELECT count(*) FROM reserved') == [(1,)]
+
+
+def test_a_request_waits_for_one_of_another_process(server, tmp_path):
+    "What may be free again soon does not end a run."
     url, paid = server
-    ReplyStore(tmp_path / 'a')
-    running = [subprocess.Popen([sys.executable, '-c', PROCESS, url, str(tmp_path / 'a'), name]) for name in 'ab']
-    assert [p.wait() for p in running] == [0, 0]
-    assert 10 <= len(paid) <= 11
+    other = ReplyStore(tmp_path / 'a')
+    held = other.reserve('m', .095, .1)
+    threading.Timer(.5, lambda: other.settle('m', held, 0.)).start()
+    assert asked(url, tmp_path / 'a', 0, 3) is None and len(paid) == 3
 
 
 def test_replies_of_no_use_were_paid_for(server, tmp_path):

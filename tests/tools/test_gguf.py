@@ -1,5 +1,6 @@
 "GGUF files against transformers and against the official converter, on shapes and tokenizers that the notebooks have no room for."
 import random
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -7,17 +8,21 @@ import tarfile
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from conftest import real, slow
+from opd_nb.core.errors import BadInput
 from opd_nb.core.types import Conversation
+from opd_nb.alignment.prefix_maps import sub_tokens
 from opd_nb.alignment.tokens import TokenBytes
 from opd_nb.alignment.chat import ChatCodec
 from opd_nb.alignment.vocab import VocabMap, same_vocabulary
 from opd_nb.models.lm import LM, tiny_folder
-from opd_nb.models.gguf import Reader, Vocabulary
+from opd_nb.models.gguf import Reader, Vocabulary, parts_of
 from opd_nb.teachers.hf import HFTeacher
 from opd_nb.teachers.gguf import FileCodec, GGUFTeacher
 from opd_nb.tools.export_gguf import export_gguf
+from opd_nb.tools.export_hf import find_student, model_card
 
 LLAMA3_ROPE = dict(rope_type='llama3', rope_theta=5e5, factor=8., low_freq_factor=1., high_freq_factor=4.,
                    original_max_position_embeddings=64)
@@ -268,3 +273,34 @@ def test_training_under_a_file_is_training_under_its_folder(tmp_path):
     assert abs(solved['folder'] - solved['file']) < .07, solved
     assert all(last[k] < .9 * first[k] for k in losses), (first, last)
     assert last['file'] == pytest.approx(last['folder'], rel=.1), (first, last)
+
+
+def test_sub_tokens_of_a_file_are_those_of_its_model(tmp_path, monkeypatch):
+    "xtoken's matrix: a file has a tokenizer that cannot be written down, and splits alike."
+    monkeypatch.setenv('OPD_CACHE', str(tmp_path))
+    file, student = export_gguf('tiny:teacher', tmp_path / 't.gguf', 'f32'), LM.load('tiny:student', device='cpu')
+    of_file, of_model = (sub_tokens(VocabMap.build(student.codec, codec)) for codec in (FileCodec(file), LM.load('tiny:teacher', device='cpu').codec))
+    for name in ('rows', 'cols', 'weights'): assert np.array_equal(getattr(of_file, name), getattr(of_model, name))
+
+
+def test_a_file_that_cannot_be_written_is_closed(tmp_path, monkeypatch):
+    import gguf
+    lm, opened = LM.load('tiny:student', device='cpu'), []
+    monkeypatch.setattr(gguf.GGUFWriter, 'write_tensors_to_file', lambda writer: opened.append(writer) or open('/nowhere/x'))
+    with pytest.raises((OSError, BadInput)): export_gguf(lm, tmp_path / 'x.gguf', 'f32')
+    assert opened[0].fout is None and not list(tmp_path.iterdir())
+
+
+def test_a_name_says_any_number_of_parts():
+    assert parts_of('x-00001-of-99999999999.gguf') == ['x-00001-of-99999999999.gguf'] and len(parts_of('x-00001-of-00003.gguf')) == 3
+
+
+def test_what_a_card_quotes_is_text(tmp_path):
+    shutil.copytree(tiny_folder('student'), tmp_path / 'best')
+    (tmp_path / 'best' / 'README.md').write_text('---\na0: &a0 [ha, ha]\n' + ''.join(f'a{n}: &a{n} [' + f'*a{n - 1}, ' * 9 + ']\n' for n in range(1, 9)) + 'license: *a8\n---\nx')
+    teacher = 'a\n---\nlicense: gpl\n<script>x</script>\x1b[2J' + 'x/' * 3000
+    (tmp_path / 'config.yaml').write_text(yaml.safe_dump(dict(student=str(tmp_path / 'best'), teacher=teacher, data='```\n# mine', loss='x|y')))
+    (tmp_path / 'log.jsonl').touch()
+    card = model_card(find_student(tmp_path))
+    prose = ''.join(card.split('```')[::2])
+    assert card.count('\n---\n') == 1 and '<script' not in prose and '\x1b' not in card and card.count('```') == 4 and '\n# mine' not in prose
