@@ -169,8 +169,8 @@ def datasets_rows(
     try:
         if Path(where).is_dir(): found = datasets.load_from_disk(where)
         else:
-            from opd_nb.models.hub import use_cache_without_hub
-            use_cache_without_hub()
+            from opd_nb.models.hub import announce_files, use_cache_without_hub
+            if use_cache_without_hub(): announce_files(where.partition(':')[0], kind='dataset')
             found = datasets.load_dataset(*where.split(':'))
         return _split_rows(found, part)
     except BadInput: raise

@@ -68,10 +68,17 @@ SPEAKERS = dict(human='user', prompter='user', gpt='assistant', bot='assistant',
 ROLES = ('system', 'user', 'assistant', 'tool')
 CALLS = ('tool_calls', 'function_call')   # keys of a message
 
+def _is_text_part(part):
+    "Whether a part of a content is text and nothing else: no picture with a caption."
+    if not isinstance(part, dict) or not isinstance(part.get('text'), str): return False
+    kind = part.get('type')
+    is_text = is_empty(kind) or isinstance(kind, str) and kind.endswith('text')
+    return is_text and all(is_empty(part.get(key)) for key in (*MEDIA, 'image_url', 'input_audio'))
+
 def _content_text(content, field):
     "The text of a message's content, which may be a list of text parts."
     if isinstance(content, list):
-        if any(not isinstance(p, dict) or not isinstance(p.get('text'), str) for p in content):
+        if not all(map(_is_text_part, content)):
             raise ValueError(f'field {field}.content has a part that is no text')
         content = ''.join(p['text'] for p in content)
     if not isinstance(content, str) or not content.strip():

@@ -19,7 +19,7 @@ import torch
 
 from ..core.errors import BadInput
 from ..core.files import expanded
-from .hub import use_cache_without_hub
+from .hub import announce_files, use_cache_without_hub
 from .lm import first_line
 from .llama_cpp import ERROR, LLAMA_LOG, require_package, try_in_process
 
@@ -174,7 +174,10 @@ def from_hub(
     if why:
         log.warning('The Hub did not answer (%s); choosing among the files of %s '
                     'that are on this machine.', why, repo)
-    return download_parts(repo, name or choose_file(names, wanted, repo), revision=revision,
+    name = name or choose_file(names, wanted, repo)
+    if not (why or exact):
+        announce_files(repo, parts_of(name), revision, token, cache_dir=cache_dir)
+    return download_parts(repo, name, revision=revision,
                           cache_dir=cache_dir, token=token, local_files_only=bool(why or exact))
 
 # %% ../../nbs/03_models/08_gguf.ipynb #c020

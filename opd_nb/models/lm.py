@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['MERGE_TOLERANCE', 'MERGE_TOLERANCE_OTHERWISE', 'pick_device', 'pick_dtype', 'config_value', 'head_of', 'read',
-           'head_matches', 'logits_finite', 'with_beginning', 'set_template_arguments', 'load_tokenizer',
-           'load_weights', 'check_model', 'LM', 'log_probabilities', 'merge_adapters', 'plain_generation']
+           'head_matches', 'weights_finite', 'logits_finite', 'with_beginning', 'set_template_arguments',
+           'load_tokenizer', 'load_weights', 'check_model', 'LM', 'log_probabilities', 'merge_adapters',
+           'plain_generation']
 
 # %% ../../nbs/03_models/03_lm.ipynb #c003
 import math
@@ -99,6 +100,15 @@ def head_matches(
 
 # %% ../../nbs/03_models/03_lm.ipynb #c034
 @torch.no_grad()
+def weights_finite(
+    model,      # transformers or peft causal LM
+) -> bool:
+    "Whether all weights are numbers. Attention can hide it: its softmax makes zeros of NaN."
+    kinds = torch.float32, torch.float16, torch.bfloat16
+    sums = (p.sum(dtype=torch.float32) for p in model.parameters() if p.dtype in kinds)
+    return all(bool(total.isfinite()) for total in sums if total.device.type != 'meta')
+
+@torch.no_grad()
 def logits_finite(
     model,      # transformers or peft causal LM
 ) -> bool:
@@ -160,7 +170,7 @@ def check_model(
     role: str,   # the field named in errors
 ):
     "Raise `BadInput` if a model gives no numbers, or other logits than its head."
-    if not logits_finite(model):
+    if not weights_finite(model) or not logits_finite(model):
         raise BadInput(role, spec, 'gives logits that are not numbers',
                        'The weights are damaged, or too large for their number format: '
                        'fetch them again, or try TEACHER_DTYPE=float32.')
@@ -209,9 +219,10 @@ class LM:
             model = load_weights(source, pick_dtype(dtype, device), device, options)
         check_tokens(tok, model, source)
         check_model(model, spec, role)
-        eos = model.generation_config.eos_token_id
-        stop_ids = eos if isinstance(eos, (list, tuple)) else [eos]
-        return cls(model, ChatCodec(tok, stop_ids, head_of(model).width), path)
+        eos, width = model.generation_config.eos_token_id, head_of(model).width
+        named = eos if isinstance(eos, (list, tuple)) else [eos]
+        stop_ids = [i for i in named if type(i) is int and 0 <= i < width]
+        return cls(model, ChatCodec(tok, stop_ids, width), path)
 
     @property
     def device(self) -> torch.device: return head_of(self.model).weight.device
@@ -220,7 +231,8 @@ class LM:
     def context(self) -> int | float:
         "Tokens that fit; infinity if the configuration does not say."
         config = self.model.config.get_text_config()
-        return getattr(config, 'max_position_embeddings', None) or math.inf
+        found = getattr(config, 'max_position_embeddings', None)
+        return found if isinstance(found, int) and found > 0 else math.inf
 
 # %% ../../nbs/03_models/03_lm.ipynb #m002
 MERGE_TOLERANCE = {torch.float32: 1e-3, torch.float16: .03}  # nats

@@ -18,7 +18,7 @@ from ..core.errors import BadInput
 from ..core.types import Access, Conversation, ScoreSignal, Signal, TopKSignal, TextSignal
 from ..core.config import OPDConfig
 from ..alignment.chat import ChatCodec
-from ..models.lm import set_template_arguments
+from ..models.lm import first_line, set_template_arguments
 from ..hosted.pricing import Estimate, TeacherGone
 from ..hosted.store import ReplyStore
 from ..hosted.client import Endpoint, Request, Refused
@@ -54,12 +54,13 @@ def signal_from_scores(
 def load_codec(
     name: str,          # folder or Hub id
     config: OPDConfig,  # `hf_token`, `teacher_revision`, `_trust_remote_code`, `_template`
+    by_user: bool = True, # who named it; what an endpoint names is never trusted to run code
 ) -> ChatCodec:
-    "The codec of a tokenizer. OSError, ValueError or KeyError if it cannot be loaded."
+    "The codec of a tokenizer. An exception of any kind if it cannot be loaded."
     from transformers import AutoTokenizer
     tok = AutoTokenizer.from_pretrained(
         name, token=secret_value(config.hf_token), revision=config.teacher_revision or 'main',
-        trust_remote_code=config.teacher_trust_remote_code)
+        trust_remote_code=by_user and config.teacher_trust_remote_code)
     return ChatCodec(set_template_arguments(tok, config.teacher_template))
 
 # %% ../../nbs/06_teachers/09_api.ipynb #w009
@@ -70,15 +71,15 @@ def find_codec(
     "The codec of the model that an endpoint serves; None if nothing names one that can be loaded."
     if config.teacher_tokenizer:
         try: return load_codec(config.teacher_tokenizer, config)
-        except (OSError, ValueError, KeyError) as e: why = str(e).strip().splitlines()[0][:160]
+        except Exception as e: why = first_line(e, 160)  # foreign files can raise anything
         raise BadInput('teacher_tokenizer', config.teacher_tokenizer,
                        f'could not be loaded ({why})',
                        'Name a folder with tokenizer.json, or a Hub id.')
     entry = endpoint.entry()
     named = [entry.get('hugging_face_id'), entry.get('root'), endpoint.model]
     for name in (n for n in named if n and isinstance(n, str)):
-        try: return load_codec(name, config)
-        except (OSError, ValueError, KeyError): pass
+        try: return load_codec(name, config, by_user=name == endpoint.model)
+        except Exception: pass
     return None
 
 # %% ../../nbs/06_teachers/09_api.ipynb #c034

@@ -14,6 +14,7 @@ from ..core.errors import BadInput
 from ..core.types import Conversation, FullSignal
 from ..core.config import OPDConfig
 from ..models.lm import LM, read, tiny_folder
+from ..models.outputs import Side
 from ..models.writing import write
 from ..losses.likelihood import token_logprobs
 from .base import (Capabilities, EncodedRecord, Teacher, decode_completions,
@@ -53,7 +54,7 @@ class HFTeacher(Teacher):
     ) -> list[FullSignal]:
         "One forward pass, split into a signal for each record."
         prompts, rows, ends = zip(*records)
-        side = read(self.lm.model, prompts, rows)
+        side = self._read(prompts, rows)
         blocks, stops = row_blocks(len(side.ids)), self.codec.stop_ids
         logprobs = [token_logprobs(side.logits(b), side.ids[b], stops) for b in blocks]
         logprobs = torch.cat(logprobs) if blocks else side.hidden.new_zeros(0)
@@ -61,6 +62,13 @@ class HFTeacher(Teacher):
         parts = zip(rows, ends, logprobs.split(lengths), side.hidden.split(lengths))
         return [FullSignal(tuple(ids), tuple(at.tolist()), lp, hidden, side.head)
                 for ids, at, lp, hidden in parts]
+
+    def _read(self,
+        prompts: list[list[int]],  # token ids of each prompt
+        rows: list[list[int]],     # token ids of each completion
+    ) -> Side:
+        "What `read` gives with this teacher's weights."
+        return read(self.lm.model, prompts, rows)
 
     def generate(self,
         conversations: list[Conversation],  # to be completed

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TEXT', 'attempt', 'data_line', 'reward_line', 'LocalModels', 'local_models', 'memory_lines', 'memory_remedy',
            'teacher_lines', 'measure_one', 'cost_line', 'pair_lines', 'tokenizer_line', 'loss_line', 'probe_lines',
-           'short_number', 'time_line', 'tokens_line', 'dollars_line', 'overlap_line', 'duration', 'examine',
-           'check_data', 'check_memory', 'check_teacher', 'student_line', 'longest_prompt']
+           'short_number', 'time_line', 'tokens_line', 'dollars_line', 'overlap_line', 'examine', 'check_data',
+           'check_memory', 'check_student', 'check_teacher']
 
 # %% ../../nbs/11_tools/03_doctor.ipynb #c003
 import contextlib
@@ -28,7 +28,10 @@ from ..alignment.vocab import VocabMap, similarity
 from ..models.lm import LM, pick_device
 from ..models.memory import Need, Shape, available_memory, estimate, format_bytes, shape_of
 from ..hosted.pricing import TeacherGone
-from ..teachers.base import as_teacher, describe, load_teacher, measure_scoring, parse_specs
+from ..teachers.base import (as_teacher, describe, is_self, load_teacher, measure_scoring,
+                                  parse_specs)
+from ..teachers.context import TeacherContext, in_context
+from ..teachers.self_teacher import self_teacher_bytes
 from ..data.formats import load_conversations
 from ..training.batch import loss_for
 from ..training.methods import FROM_REFERENCES, get_method
@@ -36,7 +39,8 @@ from ..training.grpo import REWARDS
 from ..training.setup import load_student, with_steps
 from .machine import (Line, device_line, disk_line, folder_line, package_lines,
                                   python_line)
-from .inspect_step import Pair, RolloutCost, choose_prompt, is_hosted, load_pair, probe
+from .inspect_step import (Pair, RolloutCost, choose_prompt, context_lines, duration,
+                                       is_hosted, load_pair, longest_prompt, probe)
 
 # %% ../../nbs/11_tools/03_doctor.ipynb #c006
 def attempt(
@@ -69,13 +73,14 @@ def data_line(
                     'A run needs --data prompts.jsonl; opd synth makes some.')
     answered = sum(c.has_reference for c in rows)
     needs = dict(lam=config.lam < 1, cold_start_steps=config.cold_start_steps > 0,
-                 method=config.method in FROM_REFERENCES)
+                 method=config.method in FROM_REFERENCES,
+                 teacher_sees=config.teacher_sees == 'reference')
     needing = next((name for name, needed in needs.items() if needed), None)
     if needing and answered < len(rows):
         value = getattr(config, needing)
         return Line('stop', 'data', f'{len(rows)} prompts, {answered} with a reference, '
-                    f'but {needing} = {value} learns from references',
-                    'Use data with answers, or --method opd --lam 1 --cold-start-steps 0.')
+                    f'but {needing} = {value} needs references',
+                    'Use data with answers, or leave these settings as they were.')
     text = f'{len(rows)} prompts, {answered} with a reference'
     if len(rows) >= config.batch: return Line('ok', 'data', text)
     return Line('warning', 'data', text,
@@ -105,6 +110,10 @@ def local_models(
     config: OPDConfig,
 ) -> LocalModels:
     "The models of a run, without their weights."
+    student = shape_of(config.student, 'student', config, config.trust_remote_code)
+    if is_self(config.teacher):
+        more = self_teacher_bytes(config, student)
+        return LocalModels(student, replace(student, weights=0), more)
     specs = [spec for spec, _ in parse_specs(config.teacher)]
     here = [s for s in specs if s.partition(':')[0] in ('hf', 'tiny') or ':' not in s]
     trusted = config.teacher_trust_remote_code
@@ -113,19 +122,23 @@ def local_models(
     files = [Path(s.partition(':')[2]) for s in specs if s.startswith('gguf:')]
     other_bytes = (2 * sum(shape.weights for shape in teachers[1:])
                    + sum(f.stat().st_size for f in files if f.is_file()))
-    student = shape_of(config.student, 'student', config, config.trust_remote_code)
     return LocalModels(student, teachers[0] if teachers else None, other_bytes)
 
 
 def memory_lines(
     config: OPDConfig,
     prompt: int,         # tokens of the longest prompt
+    told: int = 0,       # tokens of the longest prompt with what only the teacher is told
 ) -> list[Line]:         # memory, disk
     "Whether a run fits."
     models, room = local_models(config), available_memory(pick_device(config.device))
 
     def need(**settings) -> Need:
-        return estimate(config.model_copy(update=settings), models.student, models.teacher, prompt)
+        changed = config.model_copy(update=settings)
+        found = estimate(changed, models.student, models.teacher, prompt)
+        if told <= prompt: return found
+        longer = estimate(changed, models.student, models.teacher, told)
+        return replace(found, phases=found.phases | dict(asking=longer.phases['asking']))
 
     needed = need()
     peak = needed.peak + models.other_bytes
@@ -150,10 +163,11 @@ def memory_remedy(
     models: LocalModels,
 ) -> str:
     "What helps if not even a micro-batch of one fits."
+    has_own = models.teacher and models.teacher.weights
     ways = {'--lora': not config.lora,
             '--gradient-checkpointing': not config.gradient_checkpointing,
             'a lower --max-new-tokens': True,
-            '--teacher-quantize 4bit': models.teacher and not config.teacher_quantize,
+            '--teacher-quantize 4bit': has_own and not config.teacher_quantize,
             'a smaller model': True}
     return f"Not even one row fits well: {', '.join(way for way, helps in ways.items() if helps)}."
 
@@ -351,14 +365,6 @@ def overlap_line(
                 'The two are far apart: begin with --cold-start-steps 50 on reference answers, '
                 'or mix them in with --lam 0.5.')
 
-
-def duration(
-    seconds: float,
-) -> str:
-    "Seconds, minutes, hours or days, whichever is readable."
-    units = ((86400, 'days'), (3600, 'hours'), (60, 'minutes'), (1, 'seconds'))
-    return next(f'{seconds / n:.1f} {unit}' for n, unit in units if seconds >= n or n == 1)
-
 # %% ../../nbs/11_tools/03_doctor.ipynb #c035
 def examine(
     config: OPDConfig,  # settings of the run to come
@@ -371,12 +377,15 @@ def examine(
     config = with_steps(config, round(len(prompts) * (1 - config.val_fraction)))
     if device.level == 'stop': return
     if with_student and not (yield from check_memory(config, prompts)): return
-    teacher, reply_seconds = yield from check_teacher(config)
+    own = with_student and is_self(config.teacher)
+    student = (yield from check_student(config)) if own else None
+    if own and not student: return
+    teacher, reply_seconds = yield from check_teacher(config, student)
     if not with_student: return
-    student, wrong = attempt('student', lambda: load_student(config))
-    yield from wrong or [student_line(student)]
+    student = student or (yield from check_student(config))
     if not (teacher and student): return
-    lines, wrong = attempt('pair', lambda: pair_lines(student.codec, teacher, config))
+    lines, wrong = attempt('pair', lambda: [*context_lines(teacher, config, prompts),
+                                            *pair_lines(student.codec, teacher, config)])
     yield from lines or wrong
     if wrong or any(line.level == 'stop' for line in lines): return
     if not prompts or reply_seconds is None: return
@@ -406,16 +415,34 @@ def check_memory(
     prompts: list[Conversation],
 ) -> Generator[Line, None, bool]:  # returns whether a run may fit
     "Memory and disk; a failed estimate is only a warning."
-    lines, wrong = attempt('memory', lambda: memory_lines(config, longest_prompt(config, prompts)))
+    def look():
+        told = [TeacherContext.of(config).tell(c) for c in prompts]
+        no_limit = config.model_copy(update=dict(max_prompt_tokens=None))
+        return memory_lines(config, longest_prompt(config, prompts), longest_prompt(no_limit, told))
+    lines, wrong = attempt('memory', look)
     yield from lines or [replace(line, level='warning') for line in wrong]
     return not lines or lines[0].level != 'stop'
 
 
+def check_student(
+    config: OPDConfig,
+) -> Generator[Line, None, LM | None]:  # returns the student
+    "Whether the student can be loaded."
+    student, wrong = attempt('student', lambda: load_student(config))
+    tokens = student and student.codec.bytes
+    yield from wrong or [Line('ok', 'student', f'{len(tokens)} tokens, {tokens.family}')]
+    return student
+
+
 def check_teacher(
     config: OPDConfig,
+    student: LM | None = None,   # if it teaches itself
 ) -> Generator[Line, None, tuple[Any, float | None]]:  # returns the teacher, seconds of one reply
     "What the teacher can do, and what one completion costs; None for what is not known."
-    teacher, wrong = attempt('teacher', lambda: load_teacher(config.teacher, config))
+    def load():
+        extra = TeacherContext.of(config)
+        return in_context(load_teacher(config.teacher, config, student), extra)
+    teacher, wrong = attempt('teacher', load)
     yield from wrong
     if not teacher: return None, None
     lines, wrong = attempt('teacher', lambda: teacher_lines(teacher, config))
@@ -425,15 +452,3 @@ def check_teacher(
     return teacher, None if measured is None else measured['seconds']
 
 
-def student_line(student: LM) -> Line:
-    return Line('ok', 'student', f'{len(student.codec.bytes)} tokens, {student.codec.bytes.family}')
-
-
-def longest_prompt(
-    config: OPDConfig,
-    prompts: list[Conversation],
-) -> int:              # tokens
-    "An estimate without a tokenizer: three bytes for a token, and a template around them."
-    n_bytes = max((sum(len(m['content'].encode()) for m in c.prompt) for c in prompts), default=384)
-    tokens = n_bytes // 3 + 16
-    return min(tokens, config.max_prompt_tokens or tokens)

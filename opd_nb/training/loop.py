@@ -10,7 +10,6 @@ __all__ = ['log', 'SAVES_MEMORY', 'T', 'VALIDATION_STEP', 'MAX_FAILED_STEPS', 't
            'training_loop', 'start_run']
 
 # %% ../../nbs/09_training/08_loop.ipynb #c004
-import gc
 import json
 import logging
 import math
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -229,8 +228,7 @@ def is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
 def free_memory(run: Run):
     "Drop gradients and cached blocks."
     run.student.model.zero_grad()
-    gc.collect()
-    if torch.cuda.is_available(): torch.cuda.empty_cache()
+    clear_device_cache(garbage_collection=True)  # of CUDA or MPS
 
 # %% ../../nbs/09_training/08_loop.ipynb #c019
 VALIDATION_STEP = 2**31  # for the random numbers of validation: no optimizer step has this number
