@@ -42,11 +42,13 @@ def tiny_folder(
 
 # %% ../../nbs/03_models/01_files.ipynb #c007
 def looks_local(
-    path: str,   # of a spec, without its scheme
+    path: str,              # of a spec, without its scheme
+    says_hub: bool = False, # the spec says hf:, so only a folder that is there is one
 ) -> bool:
     "Whether this is a folder rather than a Hub id."
     if path.startswith(('.', '/', '~')) or path.endswith('/') or '\\' in path: return True
     if path.count('/') != 1: return True
+    if says_hub: return is_folder(expanded(path))
     return is_folder(expanded(path).parent)  # somebody means a folder beside those
 
 def model_folder(
@@ -56,10 +58,12 @@ def model_folder(
 ) -> str:
     "A folder that holds a model or adapters. Raises `BadInput` for any other."
     folder = expanded(path)
+    is_hub_id = re.fullmatch(r'[\w-][\w.-]*/[\w.-]+', path)
+    on_hub = f' For a model of the Hub: hf:{path}' if is_hub_id else ''
     if not is_folder(folder):
         raise BadInput(role, spec,
                        'must be a folder or a Hub id such as Qwen/Qwen2.5-0.5B-Instruct',
-                       'Check the path; nothing is there.')
+                       'Check the path; nothing is there.' + on_hub)
     if not any((folder / name).is_file() for name in ('config.json', 'adapter_config.json')):
         raise BadInput(role, spec, 'must hold a model: config.json and weights',
                        'Point to the folder that save_pretrained wrote, '
@@ -87,7 +91,7 @@ def model_path(
     default = 'teacher' if role == 'teacher' else 'student'
     if scheme == 'tiny': return str(tiny_folder(rest or default))
     if scheme != 'hf': raise unknown(f'{role} scheme', scheme + ':', ['hf:', 'tiny:'])
-    if looks_local(rest): return model_folder(rest, role, spec)
+    if looks_local(rest, says_hub=spec.startswith('hf:')): return model_folder(rest, role, spec)
     use_cache_without_hub()
     return rest
 
