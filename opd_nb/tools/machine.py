@@ -4,21 +4,28 @@
 
 # %% auto #0
 __all__ = ['BASE', 'Line', 'tested_versions', 'is_hub_dataset', 'required_packages', 'package_line', 'package_lines',
-           'python_line', 'device_line', 'existing_parent', 'folder_line', 'disk_line']
+           'python_line', 'device_line', 'existing_parent', 'folder_line', 'disk_line', 'attempt']
 
 # %% ../../nbs/11_tools/01_machine.ipynb #c003
+import contextlib
 import importlib.metadata
+import io
 import os
 import re
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
 
 import opd_nb
 from ..core.errors import BadInput, printable
 from ..core.config import OPDConfig
 from ..core.folders import RUNS, find_folder
+from ..hosted.pricing import TeacherGone
 from ..models.lm import pick_device
 from ..models.memory import available_memory, format_bytes
 
@@ -154,3 +161,23 @@ def disk_line(
     return Line('stop' if need > free else 'warning', 'disk', text,
                 'Choose another disk with --output-dir, or lower --keep-last; '
                 '--lora keeps adapters alone.')
+
+# %% ../../nbs/11_tools/01_machine.ipynb #dc006
+def attempt(
+    topic: str,               # for the line, if it fails
+    work: Callable[[], Any],
+    level: str = 'stop',      # of the line, if memory is short
+) -> tuple[Any, list[Line]]:  # what it returned, or None; and a `Line` for what went wrong
+    "Call a function; an error that a user can do something about becomes a line."
+    try:
+        with contextlib.redirect_stdout(io.StringIO()): return work(), []
+    except BadInput as e:
+        text = f'{e.field} = {e.shown}: {e.allowed}'
+        return None, [Line('stop', topic, ' '.join(text.split()), ' '.join(e.remedy.split()))]
+    except torch.OutOfMemoryError as e:
+        reason = str(e).strip().splitlines()[0][:160]
+        return None, [Line(level, topic, f'needs more memory than the device has left ({reason})',
+                           'Lower --micro-batch or --max-new-tokens, or take --lora or '
+                           '--gradient-checkpointing; a run halves the micro-batch by itself.')]
+    except (ValueError, TeacherGone) as e:  # such as a text that a vocabulary cannot spell
+        return None, [Line('stop', topic, ' '.join(str(e).split()))]
