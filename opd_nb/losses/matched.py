@@ -31,8 +31,8 @@ def gkd(
 ) -> LossOutput:
     """Generalised JSD over the whole vocabulary, or over what the teacher lists and the rest.
 
-    Only positions where both tokenise the text alike are trained: all, if the student's ids are
-    canonical."""
+    Only positions where both tokenise the text alike are trained: all, if the teacher read the
+    student's own ids."""
     n = min(student.width, teacher.width)  # heads of one family may be padded differently
 
     def value(s, q, block):

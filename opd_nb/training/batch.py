@@ -76,10 +76,7 @@ def loss_for(
         raise BadInput('loss', name, f'asks more than this teacher gives ({can.best})',
                        f'Choose one it can serve: {losses}; or another teacher.')
     if config and name in LOSSES: options = settings_of_loss(name, config) | options
-    loss = get_loss(name, vocab, **options)
-    if name == 'gkd':  # on one sequence of ids, tokens without text are compared like any others
-        loss.on_same_ids = get_loss(name, replace(vocab, tokens=(None, None)), **options)
-    return loss
+    return get_loss(name, vocab, **options)
 
 # %% ../../nbs/09_training/03_batch.ipynb #c009
 @dataclass(frozen=True)
@@ -371,7 +368,6 @@ def distillation_loss(
         mask = position_weights(len(student.ids), alignment, keep).to(student.hidden)
         student = replace(student, weight=mask if student.weight is None else student.weight * mask)
         alignment = alignment.select(keep)
-    if batch.same_ids: loss = getattr(loss, 'on_same_ids', loss)
     out = loss(student, teacher, alignment)
     metrics.append((len(out), {k: v / max(1, len(out)) for k, v in out.logged.items()}))
     return out, metrics
