@@ -10,6 +10,7 @@ __all__ = ['LOSSES', 'DEFAULT_LOSS', 'register_loss', 'is_served', 'losses_serve
 import inspect
 
 import numpy as np
+import torch
 
 from ..core.errors import BadInput, unknown
 from ..core.types import ACCESS, Access
