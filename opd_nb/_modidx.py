@@ -3371,4 +3371,6 @@ d = { 'settings': { 'branch': 'main',
                                                'opd_nb.training.vllm_rollouts.remove_versions': ( '09_training/vllm_rollouts.html#remove_versions',
                                                                                                   'opd_nb/training/vllm_rollouts.py'),
                                                'opd_nb.training.vllm_rollouts.rollout_function': ( '09_training/vllm_rollouts.html#rollout_function',
-                                                                                                   'opd_nb/training/vllm_rollouts.py')}}}
+                                                                                                   'opd_nb/training/vllm_rollouts.py'),
+                                               'opd_nb.training.vllm_rollouts.sampled_tokens': ( '09_training/vllm_rollouts.html#sampled_tokens',
+                                                                                                 'opd_nb/training/vllm_rollouts.py')}}}

@@ -187,7 +187,8 @@ def writing_server(spec):
     "vLLM's contract for rollouts, kept by a model of ours: it continues token ids, says how likely each was, and takes adapters and weights from folders. `deaf` says yes to them and keeps what it has."
     import copy
     from types import SimpleNamespace
-    from opd_nb.models.lm import LM, read, write
+    from opd_nb.models.lm import LM, read
+    from opd_nb.models.writing import write
     from opd_nb.training.rollouts import KeyedSampler, uniforms
     lm = LM.load(spec, dtype='float32', device='cpu')
     state, lock = SimpleNamespace(models={'base': lm.model}, version='default', deaf=False, seen=[]), threading.Lock()
@@ -200,7 +201,7 @@ def writing_server(spec):
         def completions(self, b):
             if b['model'] not in state.models: return 404, dict(error=dict(message=f"The model `{b['model']}` does not exist."))
             mine = LM(state.models[b['model']].eval(), lm.codec, lm.path)
-            ids, = write(mine, [b['prompt']], b['max_tokens'], [KeyedSampler(uniforms(b['seed'], 0, [0], b['max_tokens']), b['temperature'], b['top_p'])])
+            ids, = write(mine, [b["prompt"]], b["max_tokens"], KeyedSampler(uniforms(b['seed'], 0, [0], b['max_tokens']), b['temperature'], b['top_p']))
             side = read(mine.model, [b['prompt']], [ids])
             told = side.logits(slice(None)).log_softmax(-1).gather(1, side.ids[:, None])[:, 0].tolist()
             return 200, dict(choices=[dict(token_ids=ids, logprobs=dict(token_logprobs=told), finish_reason='stop')], usage=dict(prompt_tokens=len(b['prompt']), completion_tokens=len(ids)))

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PLAIN_SAMPLING', 'ADAPTER_FLAGS', 'TOLERANCE', 'VERSION', 'RolloutServerGone', 'StaleWeights', 'VLLMServer',
-           'completion_request', 'parse_completion', 'push_weights', 'logprob_differences', 'ratio_metrics',
-           'active_dtype', 'check_same_weights', 'on_main_process', 'remove_versions', 'VLLMRollouts',
+           'completion_request', 'sampled_tokens', 'parse_completion', 'push_weights', 'logprob_differences',
+           'ratio_metrics', 'active_dtype', 'check_same_weights', 'on_main_process', 'remove_versions', 'VLLMRollouts',
            'rollout_function']
 
 # %% ../../nbs/09_training/02_vllm_rollouts.ipynb #c003
@@ -30,7 +30,8 @@ from ..core.distributed import all_or_none
 from ..alignment.chat import ChatCodec
 from ..models.lm import LM, read
 from ..hosted.pricing import TeacherGone
-from ..hosted.client import Malformed, Request, Refused, Client
+from ..hosted.client import Malformed, Request, Refused, Client, strict_reader
+from ..teachers.scoring_apis import read_id, read_logprob, require
 from .rollouts import fit_prompt, rollout
 
 # %% ../../nbs/09_training/02_vllm_rollouts.ipynb #c006
@@ -126,6 +127,18 @@ def completion_request(
     return Request('/completions', body, len(prompt), max_new_tokens)
 
 # %% ../../nbs/09_training/02_vllm_rollouts.ipynb #c015
+def sampled_tokens(
+    reply: dict,           # of /completions
+) -> tuple[list, list]:    # ids, their logprobs in nats; as they were sent
+    "What a server says that it sampled."
+    choice = reply['choices'][0]
+    ids = choice.get('token_ids')
+    logprobs = (choice.get('logprobs') or {}).get('token_logprobs')
+    if not ids or logprobs is None or len(ids) != len(logprobs):
+        raise BadInput('rollouts', 'vllm:', 'must return token ids and their logprobs',
+                       'Use vLLM 0.11 or later; other servers cannot write rollouts.')
+    return ids, logprobs
+
 def parse_completion(
     reply: dict,         # of /completions
     conversation: Conversation,
@@ -133,13 +146,12 @@ def parse_completion(
     codec: ChatCodec,    # the student's
     version: int,        # step at which the server's weights were pushed
 ) -> Rollout:
-    "A server's completion as a rollout."
-    choice = reply['choices'][0]
-    ids = choice.get('token_ids')
-    logprobs = (choice.get('logprobs') or {}).get('token_logprobs')
-    if not ids or logprobs is None or len(ids) != len(logprobs):
-        raise BadInput('rollouts', 'vllm:', 'must return token ids and their logprobs',
-                       'Use vLLM 0.11 or later; other servers cannot write rollouts.')
+    "A server's completion as a rollout. Raises `Malformed` for ids and logprobs that cannot be."
+    ids, logprobs = strict_reader(sampled_tokens)(reply)
+    ids = [read_id(i, len(codec.bytes)) for i in ids]
+    logprobs = [read_logprob(x) for x in logprobs]
+    require(None not in ids, 'a token id that the student does not have')
+    require(not np.isnan(logprobs).any(), 'no log-probability of a token that it sampled')
     n = next((i + 1 for i, t in enumerate(ids) if t in codec.stop_ids), len(ids))
     data, ends, stopped = codec.read(ids[:n])
     return Rollout(conversation, tuple(prompt), tuple(ids[:n]), tuple(ends.tolist()), data, stopped,
@@ -333,8 +345,10 @@ class VLLMRollouts:
                                        max_new_tokens, seed, step, first_row + i, temperature, top_p)
                     for i, p in enumerate(prompts)]
         replies = self.server.post(*requests)
-        rollouts = [parse_completion(reply, p.conversation, p.ids, lm.codec, self.version)
-                    for reply, p in zip(replies, prompts)]
+        try:
+            rollouts = [parse_completion(reply, p.conversation, p.ids, lm.codec, self.version)
+                        for reply, p in zip(replies, prompts)]
+        except Malformed as e: raise self.server.gone_for(400, str(e)) from None
         self._check(lm, rollouts, step)
         return rollouts
 

@@ -9,7 +9,8 @@ from opd_nb.core.errors import BadInput
 from opd_nb.eval.evaluate import evaluate
 from opd_nb.eval.questions import Options
 from opd_nb.eval.tasks import tasks_for
-from opd_nb.models.lm import LM, tiny_folder, write
+from opd_nb.models.lm import LM, tiny_folder
+from opd_nb.models.writing import write
 
 
 def jsonl(path, rows):
