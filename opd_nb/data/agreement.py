@@ -26,6 +26,7 @@ from ..alignment.chunks import align
 from ..alignment.vocab import Events, VocabMap
 from ..models.lm import LM, read
 from ..teachers.base import encode_records, load_teacher, row_blocks
+from ..teachers.context import InContext, TeacherContext, in_context
 from .formats import load_conversations
 from .replies import made_folder
 from .filters import kind_of, words_of
@@ -213,7 +214,8 @@ def skip_unreadable(
         if not model.codec: continue
         completions = [(c.reference.encode(), True) for c in records]
         context = getattr(model, 'context', np.inf)
-        laid = encode_records(records, completions, model.codec, context, on_error='return')
+        told = [model.told(c) if isinstance(model, InContext) else c for c in records]
+        laid = encode_records(told, completions, model.codec, context, on_error='return')
         errors += [x for x in laid if isinstance(x, BadInput)]
         records = [c for c, x in zip(records, laid) if not isinstance(x, BadInput)]
     return records, errors
@@ -362,6 +364,7 @@ def validate(
     drawn = _draw(data, n, seed)
     name = teacher if isinstance(teacher, str) else type(teacher).__name__
     teacher = load_teacher(teacher) if isinstance(teacher, str) else teacher
+    teacher = in_context(teacher, TeacherContext())  # what its records tell it
     if not teacher.capabilities.generates:
         raise BadInput('teacher', name, 'cannot write answers, which answer overlap needs',
                        'Take a teacher that generates.')
