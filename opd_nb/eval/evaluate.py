@@ -8,7 +8,6 @@ __all__ = ['BAR', 'Accuracy', 'accuracy', 'gain', 'is_record', 'read_records', '
            'plot_accuracy', 'plot_tokens', 'plot_scores']
 
 # %% ../../nbs/10_eval/08_evaluate.ipynb #c003
-import gc
 import json
 import re
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Callable
 
 import numpy as np
-import torch
+from accelerate.utils.memory import clear_device_cache
 from tqdm import tqdm
 
 from ..core.errors import BadInput, printable
@@ -286,9 +285,7 @@ def evaluate(
             evaluate_model(entry, results, Path(folder) / 'answers', bar, loading)
             bar.n = each * (i + 1)
             bar.refresh()
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            clear_device_cache(garbage_collection=True)
     return results
 
 # %% ../../nbs/10_eval/08_evaluate.ipynb #c027

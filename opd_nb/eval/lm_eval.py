@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
 import torch
+from accelerate.utils.memory import clear_device_cache
 
 from ..core.errors import BadInput
 from ..models.lm import LM, plain_generation
@@ -259,7 +260,7 @@ def answers_of(
                 'tokens, or is no token to it',
                 'Leave the task out for this model.',
             ) from None
-        torch.cuda.empty_cache()
+        clear_device_cache()
         batch //= 2
 
 
