@@ -321,7 +321,7 @@ def _check_value(value, name):
     if len(text) > MAX_CHARS:
         raise ValueError(f'field {shown} has {len(text):,} characters; '
                          f'at most {MAX_CHARS:,} are read')
-    if not text.isascii() and SURROGATE.search(text):
+    if name != 'metadata' and not text.isascii() and SURROGATE.search(text):
         raise ValueError(f'field {shown} has half a character in it, '
                          'which is no text in any encoding')
 

@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from conftest import slow
 from opd_nb.cli.app import main
 from opd_nb.core.config import OPDConfig
 from opd_nb.core.errors import BadInput
@@ -115,7 +116,7 @@ def whole(tmp_path_factory):
 def can_be_interrupted(): signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started the tests
 
 
-@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize('number', [signal.SIGINT, pytest.param(signal.SIGTERM, marks=slow)])
 def test_a_run_that_is_stopped_goes_on(tmp_path, monkeypatch, whole, number):
     "The steps are those of a run that nobody stopped."
     words = [*OPD, 'train', *TINY, '--max-steps', '40', '--output-dir', 'part']

@@ -53,7 +53,7 @@ def test_records_are_made_of_an_old_file_without_a_request(tmp_path, monkeypatch
         assert plain(generator.generate(plan)) == expected
         assert estimate is None or str(generator.estimate(plan)) == estimate
     store = Replies(tmp_path)
-    assert [name for name, in store.run("SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name")] == ['answers', 'paid', 'requests']
+    assert [name for name, in store.run("SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name")] == ['answers', 'paid', 'requests', 'reserved']
     assert len(store) == expected['total']['replies']
     store.close()
 

@@ -135,16 +135,18 @@ def test_weights_can_be_read_by_whom_everything_else_can(prompts, tmp_path):
 
 
 KILLED = '''
-import os, sys
-from pathlib import Path
-real = Path.write_text
-def half(self, text, *args, **kw):
+import builtins, os, sys
+real, WHAT = builtins.open, sys.argv[2]
+def killed(file, mode='r', *args, **kw):
     "As a kill while a file is written leaves it."
-    real(self, text[:len(text) // 2], *args, **kw)
-    if WHAT in self.name: os._exit(9)
-    return real(self, text, *args, **kw)
-WHAT = sys.argv[2]
-Path.write_text = half
+    f = real(file, mode, *args, **kw)
+    def half(text):
+        type(f).write(f, text[:len(text) // 2])
+        f.flush()
+        os._exit(9)
+    if WHAT in str(file) and mode in ('x', 'w'): f.write = half
+    return f
+builtins.open = killed
 from opd_nb.core.config import OPDConfig
 from opd_nb.training.loop import train
 train(OPDConfig(_config=sys.argv[1], _env_file=None, resume=True), progress=False)

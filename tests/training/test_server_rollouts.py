@@ -91,7 +91,7 @@ except Exception as e: print(type(e).__name__, e)
 '''
 
 
-@pytest.mark.parametrize('error', ["OSError(28, 'No space left on device')", "BadInput('rollouts', 'vllm:', 'must be near', 'Look.')", "ValueError('id')"])
+@pytest.mark.parametrize('error', ["OSError(28, 'No space left on device')", *(pytest.param(e, marks=slow) for e in ("BadInput('rollouts', 'vllm:', 'must be near', 'Look.')", "ValueError('id')"))])
 def test_what_the_first_process_cannot_do_ends_all(error):
     "Any error, or the others would wait for ever."
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]

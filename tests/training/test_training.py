@@ -115,7 +115,7 @@ def stories(folder):
 
 
 @pytest.mark.parametrize('steps', [4, pytest.param(200, marks=slow)])
-@pytest.mark.parametrize('kw', [dict(learning_rate=3e-5), dict(lora=True, learning_rate=5e-4, lora_target='q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj')], ids=['all weights', 'lora'])
+@pytest.mark.parametrize('kw', [pytest.param(dict(learning_rate=3e-5), id='all weights'), pytest.param(dict(lora=True, learning_rate=5e-4, lora_target='q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj'), id='lora', marks=slow)])
 def test_two_real_models(tmp_path, kw, steps):
     "Models that others trained, by the command. The student loads with plain libraries and writes; in two hundred steps the validation loss falls (four are too few to tell)."
     from peft import AutoPeftModelForCausalLM
