@@ -120,6 +120,7 @@ def containing_tokens(
     teacher_ids: list[int],  # [M]
     vocab: VocabMap,         # of the pair
     train_whitespace: bool,  # keep positions where the student wrote whitespace alone
+    counted: list[bool] | None = None,  # [N] student positions that are looked at; None is all
 ) -> Places:
     "For each student position the teacher position whose bytes contain its beginning."
     sides = zip((student_ids, teacher_ids), (a.student_ends, a.teacher_ends), vocab.tokens)
@@ -128,6 +129,7 @@ def containing_tokens(
     containing = np.searchsorted(a.teacher_ends, batch.start[0], side='right')
     found, whitespace, mismatched = [], 0, 0
     for p, g in enumerate(containing.tolist()):
+        if counted is not None and not counted[p]: continue
         place = Place(p, g, int(a.student_ends[p] // a.stride))
         if g == a.n_teacher or a.teacher_ends[g] // a.stride != place.row:
             mismatched += 1
@@ -213,10 +215,11 @@ def locate(
     vocab: VocabMap,         # of the pair
     px: PrefixMap,            # of the pair
     train_whitespace: bool = False,  # keep positions where the student wrote whitespace alone
+    counted: list[bool] | None = None,  # [N] student positions that are looked at; None is all
 ) -> Located:
     "Where each student position stands in the teacher's tokens."
     batch = batch_text(a, student_ids, teacher_ids, vocab, px)
-    places = containing_tokens(batch, a, student_ids, teacher_ids, vocab, train_whitespace)
+    places = containing_tokens(batch, a, student_ids, teacher_ids, vocab, train_whitespace, counted)
     table, stops = vocab.tokens[1].table, vocab.stops[0]
     at = []
     for place in places.found:

@@ -20,6 +20,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from .errors import BadInput, unknown
 from .registry import Registry
+from .types import PositionChoice
 
 # %% ../../nbs/01_core/04_settings.ipynb #c006
 def setting(
@@ -178,6 +179,9 @@ class RolloutSettings(BaseModel):
         'share', ge=0, le=1)
     num_generations: int = setting(1, 'Rollouts per prompt.', 'rollouts', ge=1)
     max_new_tokens: int = setting(128, 'Longest rollout, in student tokens.', 'tokens', ge=1)
+    first_new_tokens: int | None = setting(None,
+        'Longest rollout at the first step; it grows to max_new_tokens over the first half of the '
+        'steps. max_new_tokens from the beginning, if not set.', 'tokens', ge=1)
     max_prompt_tokens: int | None = setting(None,
         'Longest prompt; a longer one loses its beginning, and is counted. What fits the model, if '
         'not set.', 'tokens', ge=1)
@@ -202,8 +206,8 @@ class LossSettings(BaseModel):
         "text scored by the teacher; sft, reference text alone; grpo, own text and a verifier's "
         "reward.", examples=METHOD_NAMES)
     loss: str = setting('auto',
-        'Loss: gkd, strict, gold, uld, bpm, cover, escd, xtoken, alm, pg, trust, continuation or '
-        'sft; auto fits the pair and the teacher.', min_length=1)
+        'Loss: gkd, strict, gold, uld, bpm, cover, escd, xtoken, alm, pg, trust, continuation, '
+        'unlikely or sft; auto fits the pair and the teacher.', min_length=1)
     beta: float = setting(0.,
         'β of the generalised JSD in gkd, gold, bpm, cover and escd: 0 forward KL, 1 reverse KL.',
         'share', ge=0, le=1)
@@ -219,12 +223,19 @@ class LossSettings(BaseModel):
     max_groups: int = setting(0,
         'Most chunks of a completion that take part in the loss, to save memory; 0 is all.',
         'chunks', ge=0)
+    positions: str = setting('all',
+        'Positions that take part in the loss: all; first:0.3, that share of each completion from '
+        'its beginning; entropy:0.5, the chunks where the student is least certain; '
+        'teacher_entropy:0.5, where the teacher is.', min_length=1)
     score_weight: Literal['none', 'token', 'trajectory'] = setting('none',
         "Weight of positions by the teacher's probability: none, token (of what was written there) "
         "or trajectory (of the rollouts of one prompt, the likelier ones more).")
     reward: str = setting('countdown',
-        "Verifier whose verdict is grpo's reward: countdown, exact, or one that was registered.",
+        'Verifier whose verdict is the reward: countdown, exact, or one that was registered.',
         min_length=1)
+    reward_weight: float = setting(0.,
+        "Weight of the verifier's reward beside distillation, on the same rollouts; it needs "
+        'several of each prompt.', 'factor', ge=0)
 
 # %% ../../nbs/01_core/04_settings.ipynb #c022
 class OptimizerSettings(BaseModel):
@@ -266,8 +277,8 @@ class RunSettings(BaseModel):
         'validations', ge=0)
     monitor: Metric = setting(
         'auto', 'Validation metric that decides about best and early stopping, such as loss, '
-        'top1_agreement, overlap or teacher_nll; auto takes the lowest loss, or the highest '
-        'reward of grpo or score of a judge, whose loss says nothing.', min_length=1)
+        'top1_agreement, overlap or teacher_nll; auto takes the highest reward where there is '
+        'one, or score of a judge, else the lowest loss.', min_length=1)
     monitor_mode: Literal['max', 'min'] = setting(
         'max', 'Whether more of a named monitor is better, or less; auto knows.')
     save_every: int = setting(100, 'Steps between checkpoints.', 'steps', ge=1)
@@ -330,6 +341,34 @@ class Settings(*reversed(TOPICS.values()), BaseSettings):
         if (self.loss, self.method, self.lam) == ('sft', 'opd', 1):
             raise BadInput('loss', 'sft', "would call the student's own text right",
                            'Use --method sft, or --lam 0 for the references.')
+        return self
+
+    @model_validator(mode='after')
+    def check_reward(self):
+        if not self.reward_weight: return self
+        if self.method != 'opd' or not self.lambda_kd:
+            raise BadInput('reward_weight', self.reward_weight,
+                           'is for distillation on the rollouts of the student, beside its loss',
+                           'Use --method opd with lambda_kd over 0; or --method grpo for the '
+                           'reward alone.')
+        if self.num_generations < 2:
+            raise BadInput('reward_weight', self.reward_weight,
+                           'compares the rollouts of a prompt, and there is one of each',
+                           'Use --num-generations 4.')
+        return self
+
+    @model_validator(mode='after')
+    def check_positions(self):
+        unused = self.method in ('sft', 'grpo')
+        if PositionChoice.parse(self.positions).rule != 'all' and unused:
+            raise BadInput('positions', self.positions,
+                           f'chooses where a teacher is compared, and {self.method} has none',
+                           'Use --method opd or kd, or --positions all.')
+        first = self.first_new_tokens
+        if first is not None and first > self.max_new_tokens:
+            raise BadInput('first_new_tokens', first,
+                           f'is more than the longest rollout ({self.max_new_tokens})',
+                           'Set it lower than max_new_tokens, or leave it out.')
         return self
 
     @model_validator(mode='after')

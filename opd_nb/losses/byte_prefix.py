@@ -308,7 +308,8 @@ def marginal_jsd(
     rows = block.student_start
     if len(rows) != len(s) or (rows[1:] <= rows[:-1]).any(): s = s[rows]
     t, certain = (x.to(s) for x in without_open(t, open_))
-    missing = (1 - t.sum(-1)).clamp(min=0)  # what no student token can express
+    missing = 1 - t.sum(-1)  # what no student token can express
+    missing = torch.where(missing > 16 * torch.finfo(t.dtype).eps, missing, 0)  # less is rounding
     pools = pools.to(s.device)
     if beta == 0: values = target_kl(s, events.as_columns(t), events.pools(t, pools))
     else: values = jsd_with_outside(s.log_softmax(-1), t, missing, events, beta, pools)
@@ -329,7 +330,8 @@ def locate_sides(
     px = cached_for_pair(vocab, prefix_map)
     if train_whitespace is None: train_whitespace = writes_whitespace_alone(px.student)
     student_ids, teacher_ids = student.ids.tolist(), teacher.ids.tolist()
-    located = locate(alignment, student_ids, teacher_ids, vocab, px, train_whitespace)
+    located = locate(alignment, student_ids, teacher_ids, vocab, px, train_whitespace,
+                     student.counted)
     if not lists: return located
     units = located.units
     return replace(located, units=replace(units, teacher_len=np.ones_like(units.teacher_len)))

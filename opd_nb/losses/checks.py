@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['TOY_STUDENT', 'TOY_TEACHER', 'BREAD', 'ToyCodec', 'tokenise_at_random', 'LossInputs', 'with_logprobs', 'random_side',
            'toy_batch', 'one_block', 'assert_property', 'check_gradient', 'check_zero', 'without_token', 'check_empty',
-           'is_finite', 'check_values', 'take_rows', 'check_splits', 'check_number_formats', 'check_blocks',
-           'check_weights', 'listed', 'check_listed', 'check_loss', 'side_of', 'bread', 'gradient', 'plot_push',
-           'plot_gradients']
+           'is_finite', 'check_values', 'take_rows', 'check_splits', 'in_float64', 'check_number_formats',
+           'check_blocks', 'check_weights', 'listed', 'check_listed', 'check_loss', 'side_of', 'bread', 'gradient',
+           'plot_push', 'plot_gradients']
 
 # %% ../../nbs/04_losses/12_checks.ipynb #c003
 import random
@@ -240,13 +240,21 @@ def check_splits(
         same_weight = abs(sum(p.weight for p in parts) - whole.weight) < 1e-9
         assert_property(same_weight, loss, options, 'the parts have another weight than the whole')
 
+def in_float64(
+    side: Side,
+) -> Side:
+    "The same numbers in another format."
+    weight, bias = (x.detach().double() for x in (side.head.weight, side.head.bias))
+    return replace(side, hidden=side.hidden.detach().double(), logprobs=side.logprobs.double(),
+                   head=replace(side.head, weight=weight, bias=bias))
+
 def check_number_formats(
     loss: Callable,  # as above
     **options,       # of the loss
 ):
-    "bfloat16 inputs give a float32 sum near the float64 one, and a bfloat16 gradient."
-    expected = loss(*toy_batch(3), **options).total
+    "bfloat16 inputs give a float32 sum near that of the same in float64, and a bfloat16 gradient."
     s, t, al, v = toy_batch(3, dtype=torch.bfloat16)
+    expected = loss(in_float64(s), in_float64(t), al, v, **options).total
     out = loss(s, t, al, v, **options)
     gradient = torch.autograd.grad(out.total, s.hidden)[0]
     formats = out.total.dtype, gradient.dtype

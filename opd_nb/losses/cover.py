@@ -319,7 +319,7 @@ def cover(
     events = head_events(spellings, vocab.stops[0], student.width, student.hidden.device)
     positions = find_positions(
         alignment, student.ids.tolist(), teacher.ids.tolist(), vocab, queries,
-        writes_whitespace_alone(spellings), max_back)
+        writes_whitespace_alone(spellings), max_back, student.counted)
     unmapped = []
 
     def value(s, q, block):

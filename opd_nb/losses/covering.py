@@ -97,11 +97,12 @@ def find_positions(
     queries: PrefixQueries,               # of the pair
     keep_whitespace: bool = True, # positions where the student wrote whitespace get a target too
     max_back: int = 3,            # teacher tokens before the current one that are looked at
+    counted: list[bool] | None = None,  # [N] student positions that are looked at; None is all
 ) -> Positions:
     "One pass over the student's positions."
     text = batch_text(alignment, student_ids, teacher_ids, vocab, queries.px)
     found, n_whitespace, n_lost = containing_tokens(
-        text, alignment, student_ids, teacher_ids, vocab, keep_whitespace)
+        text, alignment, student_ids, teacher_ids, vocab, keep_whitespace, counted)
     written, previous, upcoming = [], [], []
     for position, current, row in found:
         offset = int(text.start[0][position])

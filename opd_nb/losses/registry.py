@@ -28,6 +28,7 @@ LOSSES = Registry('loss', **{
         cover='cover',
         subword='escd xtoken',
         likelihood='alm pg trust sft continuation',
+        unlikely='unlikely',
     ).items() for name in names.split()})
 
 # %% ../../nbs/04_losses/03_registry.ipynb #c041

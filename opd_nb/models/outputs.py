@@ -32,6 +32,11 @@ class Side:
     weight: torch.Tensor | None = None    # [N] how much a position counts in the loss; 1 if not set
 
     @property
+    def counted(self) -> list[bool] | None:
+        "[N] whether a position counts in the loss at all; None if all do."
+        return None if self.weight is None else (self.weight != 0).tolist()
+
+    @property
     def width(self) -> int:
         return self.hidden.shape[1] if self.head.weight is None else self.head.width
 

@@ -6,8 +6,8 @@
 __all__ = ['log', 'REASONS_SAID', 'WeightedMetrics', 'PER_POSITION', 'auto_loss', 'settings_of_loss', 'loss_for', 'Scored',
            'reason_of', 'say_left_out', 'reads_own_ids', 'score', 'long_for_teacher', 'warn_of_teachers_context',
            'warn_if_told_much', 'by_teacher', 'continue_rollout', 'read_rollouts', 'AlignedBatch', 'read_and_align',
-           'has_same_ids', 'align_each', 'chunk_mask', 'position_weights', 'comparison_metrics', 'distillation_loss',
-           'judge_advantages', 'judged_loss', 'fault_of', 'micro_batches']
+           'has_same_ids', 'align_each', 'comparison_metrics', 'distillation_loss', 'judge_advantages', 'judged_loss',
+           'fault_of', 'micro_batches']
 
 # %% ../../nbs/09_training/03_batch.ipynb #c003
 import logging
@@ -20,15 +20,17 @@ import numpy as np
 import torch
 
 from ..core.errors import BadInput
-from ..core.types import Conversation, ScoreSignal, Rollout, Signal, TextSignal
+from ..core.types import (
+    Conversation, PositionChoice, Rollout, ScoreSignal, Signal, TextSignal)
 from ..core.config import OPDConfig
 from ..alignment.chat import ChatCodec
 from ..alignment.chunks import Alignment, align, concat_ends
 from ..alignment.vocab import VocabMap
 from ..models.outputs import TopKSide, Side, teacher_side
 from ..models.lm import LM, read
-from ..losses.chunked import LossOutput, span_positions, score_weights
+from ..losses.chunked import LossOutput, score_weights
 from ..losses.grpo import group_advantages
+from ..losses.positions import choose_chunks, chunk_mask, position_weights
 from ..losses.registry import DEFAULT_LOSS, LOSSES, get_loss, is_served, loss_parameters
 from ..teachers.base import Capabilities, Teacher, as_teacher
 from ..teachers.context import is_told
@@ -220,7 +222,7 @@ def continue_rollout(
     return replace(
         r, ids=(*r.ids[:n], *ids, *stop_ids),
         ends=(*r.ends[:n], *(start + int(e) for e in ends), *stop_ends),
-        data=s.data, stopped=s.stopped, on_policy=False, logprobs=None)
+        data=s.data, stopped=s.stopped, on_policy=False, logprobs=None, entropies=None)
 
 # %% ../../nbs/09_training/03_batch.ipynb #c027
 def read_rollouts(
@@ -252,6 +254,12 @@ class AlignedBatch:
 
     @property
     def prompt_keys(self) -> list[str]: return [r.conversation.key for r in self.rollouts]
+
+    @property
+    def entropies(self) -> torch.Tensor | None:
+        "[N] of the student, if all rollouts kept them."
+        if any(r.entropies is None for r in self.rollouts): return None
+        return torch.tensor([x for r in self.rollouts for x in r.entropies])
 
 
 def read_and_align(
@@ -297,33 +305,6 @@ def align_each(
     at, one = np.arange(len(row)), np.ones(len(row), np.int64)
     return Alignment(at, one, at, one, row, laid_out, laid_out, stride)
 
-# %% ../../nbs/09_training/03_batch.ipynb #c021
-def chunk_mask(
-    alignment: Alignment,           # of the batch
-    teacher_logprobs: torch.Tensor, # [M] of the teacher's tokens, in nats; NaN where it gave none
-    min_logprob: float,             # a chunk with a teacher token below this is masked
-    max_chunks: int = 0,            # chunks of a completion that are kept; 0 keeps all
-) -> np.ndarray:                    # [C] bool: True is kept
-    "Which chunks take part in the loss."
-    n_low = np.append(0, np.cumsum((teacher_logprobs < min_logprob).cpu().numpy()))
-    keep = n_low[alignment.teacher_start + alignment.teacher_len] == n_low[alignment.teacher_start]
-    if not max_chunks: return keep
-    n_chunks = np.bincount(alignment.row, minlength=1)[alignment.row]
-    first_of_row = np.searchsorted(alignment.row, alignment.row)
-    i = np.arange(len(alignment)) - first_of_row
-    return keep & (i * max_chunks // n_chunks != (i - 1) * max_chunks // n_chunks)
-
-
-def position_weights(
-    n: int,                # student positions
-    alignment: Alignment,  # of the batch
-    keep: np.ndarray,      # [C] bool from `chunk_mask`
-) -> torch.Tensor:         # [n] 0 at the positions of masked chunks, else 1
-    "The weights of student positions under a mask of chunks."
-    weights = torch.ones(n)
-    weights[span_positions(alignment.student_start[~keep], alignment.student_len[~keep])] = 0
-    return weights
-
 # %% ../../nbs/09_training/03_batch.ipynb #c031
 WeightedMetrics = list[tuple[float, dict[str, float]]]  # (weight, {name: mean}) pairs
 PER_POSITION = ('coverage', 'ratio_max', 'ratio_clipped', 'stale_kl')  # over all student positions
@@ -333,9 +314,12 @@ def comparison_metrics(
     teacher: Side | TopKSide,
     alignment: Alignment,
     vocab: VocabMap | None,   # None: only the teacher's negative log-likelihood
+    chosen: np.ndarray | None = None,  # [C] bool: chunks in which distributions are compared
 ) -> WeightedMetrics:         # one entry for each kind of unit
     "How the two models relate on a batch, before anything is masked."
-    compared = agreement_metrics(student, teacher, alignment, vocab) if vocab else {}
+    looked_at = alignment if chosen is None else alignment.select(chosen)
+    compared = agreement_metrics(student, teacher, looked_at, vocab) if vocab else {}
+    if compared: compared['coverage'] = alignment.coverage
     per_position = {k: compared.pop(k) for k in PER_POSITION if k in compared}
     metrics = [(len(student.ids), per_position), (compared.get('compared', 0), compared)]
     known = ~teacher.logprobs.isnan()
@@ -353,6 +337,7 @@ def distillation_loss(
     score_weight: str = 'none',       # see `score_weights`
     min_logprob: float = -torch.inf,  # see `chunk_mask`
     max_chunks: int = 0,              # see `chunk_mask`
+    positions: PositionChoice = PositionChoice(),  # see `choose_chunks`
 ) -> tuple[LossOutput, WeightedMetrics]:  # the loss as a sum over chunks; metrics
     "Compare student and teacher on an aligned batch: weights, mask, loss, metrics."
     if isinstance(batch.signals[0], ScoreSignal): return judged_loss(batch)
@@ -360,10 +345,12 @@ def distillation_loss(
     if score_weight != 'none':
         weight = score_weights(score_weight, teacher.logprobs, alignment, batch.prompt_keys)
         student = replace(student, weight=weight.to(student.hidden))
-    metrics = comparison_metrics(student, teacher, alignment, batch.vocab)
+    chosen = choose_chunks(positions, alignment, student, teacher, batch.entropies)
+    metrics = comparison_metrics(student, teacher, alignment, batch.vocab, chosen)
     keep = chunk_mask(alignment, teacher.logprobs, min_logprob)
     metrics.append((1, dict(dropped=int((~keep).sum()))))
     if max_chunks: keep &= chunk_mask(alignment, teacher.logprobs, -torch.inf, max_chunks)
+    keep &= chosen
     if not keep.all():
         mask = position_weights(len(student.ids), alignment, keep).to(student.hidden)
         student = replace(student, weight=mask if student.weight is None else student.weight * mask)

@@ -31,8 +31,9 @@ from ..core.files import write_whole
 from ..core.config import OPDConfig
 from ..core.distributed import all_reduce_sum, all_or_none, all_gather, process_state, set_gradients
 from ..core.folders import open_folder, remove_unused, unlock_folder
-from ..core.types import Rollout
+from ..core.types import PositionChoice, Rollout
 from ..models.fsdp import clip_gradients, is_sharded
+from ..losses.positions import beginning
 from ..teachers.base import as_teacher
 from ..monitor.metrics import sample_faults, text_metrics
 from ..monitor.run_log import log_event, explain_write_errors
@@ -40,6 +41,7 @@ from ..monitor.trackers import Trackers
 from ..monitor.report import end_of_run, save_samples
 from .batch import (WeightedMetrics, by_teacher, distillation_loss, fault_of,
                                    micro_batches, read_and_align, reads_own_ids, score)
+from .grpo import reward_metrics, rewards_of
 from .methods import (LossSum, MethodLoss, Term, get_method, register_method,
                                      sample_or_reference, step_terms, weighted_means)
 from .checkpoints import (
@@ -92,6 +94,8 @@ def distil(
 ) -> MethodLoss:
     "Distil the teacher into the student on these rollouts, one micro-batch after the other."
     c, losses = run.config, LossSum()
+    positions = PositionChoice.parse(c.positions if backward else 'all')
+    rollouts = [beginning(positions, r) for r in rollouts]
     whole_groups = c.score_weight == 'trajectory' or 'score' in run.teacher.capabilities.access
     for rows in micro_batches(rollouts, run.micro_batch, whole_groups):
         for teacher, texts in by_teacher(run.teacher, rows):
@@ -106,7 +110,7 @@ def distil(
                                    run.compute_dtype)
             # 4. loss, a sum over aligned chunks
             loss, metrics = distillation_loss(batch, run.loss, c.score_weight, c.min_teacher_logp,
-                                              c.max_groups)
+                                              c.max_groups, positions)
             del scored, batch                                # frees the teacher's hidden states
             # 5. backward: adds to `.grad`
             if backward and loss.total.requires_grad: loss.total.backward()
@@ -253,6 +257,8 @@ def validate(
     def attempt() -> TermLoss:
         rollouts = sample_or_reference(run, run.val, VALIDATION_STEP)
         result = get_method(method)(run, rollouts, backward=False)
+        if run.config.reward_weight:
+            result.metrics.extend(reward_metrics(rewards_of(run.config.reward, rollouts)))
         return TermLoss.of(Term(1., method, rollouts), result, [])
 
     term_loss = retry_on_oom(run, attempt, len(run.val))

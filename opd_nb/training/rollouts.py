@@ -18,6 +18,7 @@ from ..core.types import Conversation, Rollout
 from ..alignment.chat import ChatCodec
 from ..models.lm import LM
 from ..models.writing import write
+from ..losses.positions import entropy
 
 # %% ../../nbs/09_training/01_rollouts.ipynb #c006
 def uniforms(
@@ -39,6 +40,7 @@ class KeyedSampler:
     numbers: torch.Tensor    # [rows, max_new_tokens] from `uniforms`
     temperature: float = 1.0
     top_p: float = 1.0       # keep the most probable tokens that together have this probability
+    entropies: torch.Tensor | None = None  # [rows, max_new_tokens] where those at temperature 1 go
 
     def __call__(self,
         logits: torch.Tensor,    # [lines, V]
@@ -46,6 +48,9 @@ class KeyedSampler:
         n_written: int,          # tokens that each of them has
     ) -> torch.Tensor:           # [lines] the next token of each
         p = (logits.float() / self.temperature).softmax(-1)
+        if self.entropies is not None:
+            plain = p if self.temperature == 1 else logits.float().softmax(-1)
+            self.entropies[rows, n_written] = entropy(plain).to(self.entropies)
         order = None
         if self.top_p < 1:
             p, order = p.sort(-1, descending=True)
@@ -136,6 +141,7 @@ def rollout(
     top_p: float = 1.0,
     batch: int = 64,           # completions that are sampled at a time
     max_prompt_tokens: int | None = None, # see `fit_prompt`
+    keep_entropies: bool = False,         # of the student's distribution at each token
 ) -> list[Rollout]:            # one for each conversation, in their order
     "Sample a completion of each prompt from the student."
     prompts = [fit_prompt(lm.codec, c, max_prompt_tokens) for c in conversations]
@@ -144,12 +150,14 @@ def rollout(
     for start in range(0, len(order), batch):
         rows = order[start:start + batch]
         numbers = uniforms(seed, step, [first_row + i for i in rows], max_new_tokens)
-        sampler = KeyedSampler(numbers, temperature, top_p)
+        entropies = torch.zeros(numbers.shape) if keep_entropies else None
+        sampler = KeyedSampler(numbers, temperature, top_p, entropies)
         sampled = write(lm, [prompts[i].ids for i in rows], max_new_tokens, sampler)
-        for i, ids in zip(rows, sampled):
+        for at, (i, ids) in enumerate(zip(rows, sampled)):
             data, ends, stopped = lm.codec.read(ids)
+            kept = tuple(entropies[at, :len(ids)].tolist()) if keep_entropies else None
             rollouts[i] = Rollout(prompts[i].conversation, tuple(prompts[i].ids), tuple(ids),
-                                  tuple(ends.tolist()), data, stopped)
+                                  tuple(ends.tolist()), data, stopped, entropies=kept)
     return rollouts
 
 # %% ../../nbs/09_training/01_rollouts.ipynb #c020

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['log', 'NOTHING_TOLD', 'Run', 'load_student', 'compute_dtype', 'prepare', 'load_models', 'load_prompts',
-           'require_shown', 'with_steps', 'check_templates', 'warn_of_long_prompts', 'size_text', 'codec_text',
-           'model_texts', 'budget_text', 'run_record', 'pair_warnings', 'agree_on_folder']
+           'require_shown', 'with_steps', 'check_templates', 'warn_of_long_prompts', 'check_positions', 'size_text',
+           'codec_text', 'model_texts', 'budget_text', 'run_record', 'pair_warnings', 'agree_on_folder']
 
 # %% ../../nbs/09_training/07_setup.ipynb #h003
 import logging
@@ -27,7 +27,7 @@ from ..core.config import OPDConfig, require_teacher
 from ..core.distributed import all_gather, all_or_none, process_state
 from ..core.folders import choose_folder
 from ..core.text import counted
-from ..core.types import Conversation, Rollout
+from ..core.types import Conversation, PositionChoice, Rollout
 from ..alignment.vocab import VocabMap
 from ..models.lm import LM, merge_adapters
 from ..models.optim import add_lora, make_optimizers, make_schedule
@@ -173,6 +173,7 @@ def prepare(
     has_vocab = teacher and teacher.codec  # an endpoint may have no tokenizer here
     vocab = VocabMap.build(student.codec, teacher.codec) if has_vocab else None
     loss = teacher and loss_for(config.loss, vocab, teacher, config)
+    check_positions(config, teacher)
     run = Run(config, student, teacher, vocab, loss, train, val, state,
               compute_dtype=compute_dtype(config, student), sampler=rollout_function(config),
               watch=Watch(config), micro_batch=config.micro_batch, data_hash=data_hash(train))
@@ -280,6 +281,20 @@ def warn_of_long_prompts(
                     '--max-prompt-tokens sets the limit, or filter the data',
                     n_long, len(prompts), limit)
     return n_long
+
+# %% ../../nbs/09_training/07_setup.ipynb #a417b06d
+def check_positions(
+    config: OPDConfig,
+    teacher,            # see `load_teacher`; None if the method needs none
+):
+    "Raise `BadInput` if the setting `positions` asks for what this teacher does not give."
+    rule = PositionChoice.parse(config.positions).rule
+    needs = dict(all=None, teacher_entropy=('full', 'topk')).get(rule, ('full', 'topk', 'logprob'))
+    if teacher is None or needs is None or teacher.capabilities.best in needs: return
+    raise BadInput('positions', config.positions,
+                   f'chooses by token, and this teacher gives {teacher.capabilities.best}',
+                   'Use --positions all, or a teacher with the '
+                   f'{"distribution" if rule == "teacher_entropy" else "log-probability"} of tokens.')
 
 # %% ../../nbs/09_training/07_setup.ipynb #828e6be8
 def size_text(

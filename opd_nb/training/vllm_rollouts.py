@@ -15,6 +15,7 @@ import secrets
 import shutil
 import threading
 from collections.abc import Callable, Coroutine
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ import torch
 from ..core.config import OPDConfig
 from ..core.errors import BadInput
 from ..core.files import make_readable
-from ..core.types import Conversation, Rollout
+from ..core.types import Conversation, PositionChoice, Rollout
 from ..core.distributed import all_or_none
 from ..alignment.chat import ChatCodec
 from ..models.lm import LM, read
@@ -365,5 +366,6 @@ def rollout_function(
     config: OPDConfig,   # `rollouts`, `output_dir`, `sync_every`
 ) -> Callable[..., list[Rollout]]:  # with the signature of `rollout`
     "What samples the rollouts of a run: this process, or a vLLM server."
-    if config.rollouts == 'here': return rollout
+    by_entropy = PositionChoice.parse(config.positions).rule == 'entropy'
+    if config.rollouts == 'here': return partial(rollout, keep_entropies=by_entropy)
     return VLLMRollouts(config.rollouts, config.output_dir, config.sync_every)
