@@ -27,7 +27,8 @@ from ..models.memory import shape, generation_batch_size
 from ..models.fsdp import is_sharded, unsharded
 from ..losses.chunked import LossOutput
 from ..losses.registry import LOSSES
-from .rollouts import as_rollout
+from ..teachers.base import is_stored
+from .rollouts import as_rollout, stored_rollouts
 from .batch import WeightedMetrics, micro_batches, read_rollouts
 
 # %% ../../nbs/09_training/04_methods.ipynb #c006
@@ -127,8 +128,12 @@ def sample_or_reference(
     lam: float = 1.,      # λ, the probability of on-policy text
     group_size: int = 1,  # see `sample`
 ) -> list[Rollout]:
-    "The student's completions, or with probability 1 - λ the references."
+    "The student's completions, or with probability 1 - λ the references; or the stored texts."
     c = run.config
+    if is_stored(run.teacher):
+        mine = prompts[local_rows(run.state, len(prompts), group_size)]
+        return stored_rollouts(run.student.codec, run.teacher, mine, c.max_new_tokens,
+                               run.max_prompt_tokens)
     on_policy = random.Random(f'lambda {c.seed} {step}').random() < lam
     if c.method in FROM_REFERENCES or not on_policy:
         return reference_rollouts(run, prompts, group_size)
