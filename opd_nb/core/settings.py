@@ -89,7 +89,8 @@ class TeacherSettings(BaseModel):
     teacher: str = setting('Qwen/Qwen2.5-7B-Instruct',
         'Teacher, which opd train wants named: hf: and a Hub id or folder, gguf:FILE, '
         'openrouter:MODEL, api:URL#MODEL, tiny: for the embedded one, or self: for the student at '
-        'the start, self:adapter-off, self:ema@0.99; several by comma, each with @weight.',
+        'the start, self:adapter-off, self:ema@0.99, or scored: and a file of opd score; several by '
+        'comma, each with @weight.',
         min_length=1)
     teacher_system: str | None = setting(None,
         'System message that only the teacher is given: a text, or a file that holds it.',
@@ -128,8 +129,8 @@ class TeacherSettings(BaseModel):
     teacher_mode: TeacherMode = setting('auto',
         'How an API teacher is asked; auto takes the first that its probe finds faithful.')
     teacher_top_k: int = setting(50,
-        'Top-k tokens requested at each position of an API teacher, which may give fewer; a GGUF '
-        'teacher gives whole rows unless this is set.', 'tokens', ge=0)
+        'Top-k tokens requested at each position of an API teacher, which may give fewer, and kept '
+        'by opd score; a GGUF teacher gives whole rows unless this is set.', 'tokens', ge=0)
     teacher_tokenizer: str | None = setting(None,
         'Folder or Hub id with the tokenizer of an API teacher; what the endpoint names, if not '
         'set.')

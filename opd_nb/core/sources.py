@@ -47,12 +47,13 @@ OTHERS_KEYS = ('OPENAI_API_KEY', 'NVIDIA_API_KEY', 'WANDB_API_KEY')
 # %% ../../nbs/01_core/05_sources.ipynb #c009
 SPEC_KEYS = dict(
     TEACHER_BACKEND='Makes the teacher of the keys below: hf (TEACHER_MODEL_ID), gguf, openrouter, '
-                    'api, tiny or self.',
+                    'api, scored, tiny or self.',
     OPENROUTER_MODEL='Model of the backend openrouter; qwen/qwen-2.5-7b-instruct if not set.',
     TEACHER_API_URL='Address of the backend api, such as http://127.0.0.1:8000/v1.',
     TEACHER_API_MODEL='Model of the backend api; the first that the server lists, if not set.',
     TEACHER_GGUF='Hub repository, URL or file of the backend gguf.',
-    TEACHER_GGUF_PATH='Local file of the backend gguf; wins over TEACHER_GGUF.')
+    TEACHER_GGUF_PATH='Local file of the backend gguf; wins over TEACHER_GGUF.',
+    TEACHER_SCORED='File of the backend scored, as opd score writes it.')
 
 def backend_specs(
     keys: Mapping[str, str],
@@ -63,6 +64,7 @@ def backend_specs(
         hf=f"hf:{get('TEACHER_MODEL_ID', 'Qwen/Qwen2.5-7B-Instruct')}",
         tiny='tiny:',
         self='self:',
+        scored=f"scored:{get('TEACHER_SCORED', '')}",
         openrouter=f"openrouter:{get('OPENROUTER_MODEL', 'qwen/qwen-2.5-7b-instruct')}",
         gguf=f"gguf:{get('TEACHER_GGUF_PATH', get('TEACHER_GGUF', ''))}",
         api=f"api:{get('TEACHER_API_URL', '')}#{get('TEACHER_API_MODEL', '')}")
@@ -86,8 +88,8 @@ def teacher_spec(
     keys = {name: value for place in upper for name, value in place.items()}
     backend, specs = keys['TEACHER_BACKEND'].lower(), backend_specs(keys)
     if backend not in specs: raise unknown('TEACHER_BACKEND', backend, specs)
-    if specs[backend] in ('gguf:', 'api:#'):
-        missing = 'GGUF' if backend == 'gguf' else 'API_URL'
+    if specs[backend] in ('gguf:', 'api:#', 'scored:'):
+        missing = 'API_URL' if backend == 'api' else backend.upper()
         raise BadInput('TEACHER_BACKEND', backend, 'needs to know which one',
                        f'Set TEACHER_{missing}.')
     return specs[backend].rstrip('#')

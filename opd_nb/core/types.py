@@ -54,7 +54,8 @@ class Rollout:
     stopped: bool                # ended by itself (True) or truncated at the length limit (False)
     on_policy: bool = True       # sampled from the student (True) or reference text (False)
     version: int | None = None   # training steps of the server's weights; None without a server
-    logprobs: tuple[float, ...] | None = None  # [T] the server's, nats at temperature 1
+    logprobs: tuple[float, ...] | None = None  # [T] when it was sampled, nats at temperature 1: a
+    # server's, or those of a stored text; NaN where they are not known
     entropies: tuple[float, ...] | None = None # [T] of the student at each token, nats, if kept
 
     def __post_init__(self):

@@ -57,10 +57,11 @@ def sampling_logprobs(
     logits: torch.Tensor, # [N, V] present ones
     block: Block,         # its `student_ids` and `student_logprobs` are used
 ) -> torch.Tensor:        # [N] without gradient
-    "Log-probabilities at sampling, stops as one event; the present ones if none were kept."
+    "Log-probabilities at sampling, stops as one event; the present ones where none were kept."
     if block.student_logprobs is None: return now.detach()
     other_stops = (now - token_logprobs(logits, block.student_ids)).detach()
-    return block.student_logprobs.to(now) + other_stops
+    kept = block.student_logprobs.to(now) + other_stops
+    return torch.where(kept.isnan(), now.detach(), kept)
 
 # %% ../../nbs/04_losses/09_likelihood.ipynb #c008c
 def without_bytes_logprobs(

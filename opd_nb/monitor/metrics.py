@@ -81,7 +81,8 @@ class _MetricSums:
 # %% ../../nbs/08_monitor/01_metrics.ipynb #c013
 @torch.no_grad()
 def staleness(
-    student: Side,      # the student's positions, with `logprobs` from when the text was written
+    student: Side,      # the student's positions, with `logprobs` from when the text was written;
+                        # NaN where they are not known
     clip: float = 0.2,  # see `pg`
 ) -> dict[str, float]:
     "How far the student has moved since these texts were written."
@@ -91,6 +92,8 @@ def staleness(
            for i in range(0, len(student.ids), n)]
     if not now: return {}
     log_ratio = torch.cat(now) - student.logprobs.to(now[0])
+    log_ratio = log_ratio[~log_ratio.isnan()]
+    if not len(log_ratio): return {}
     ratio = log_ratio.clamp(max=50).exp()
     return dict(
         ratio_max=ratio.max().item(),

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TEACHERS', 'SEPARATOR', 'WEIGHTED_SPEC', 'Capabilities', 'Teacher', 'MinimalTeacher', 'as_teacher',
-           'register_teacher', 'is_self', 'parse_specs', 'load_teacher', 'Unscored', 'EncodedRecord',
-           'encode_completion', 'encode_record', 'encode_records', 'row_blocks', 'decode_completions', 'secret_value',
-           'measure_scoring', 'describe']
+           'register_teacher', 'is_self', 'is_scored', 'is_stored', 'parse_specs', 'load_teacher', 'Unscored',
+           'EncodedRecord', 'encode_completion', 'encode_record', 'encode_records', 'row_blocks', 'decode_completions',
+           'secret_value', 'measure_scoring', 'describe']
 
 # %% ../../nbs/06_teachers/01_base.ipynb #h003
 import inspect
@@ -155,7 +155,8 @@ TEACHERS = Registry(
     gguf='opd_nb.teachers.gguf:gguf_teacher',
     api='opd_nb.teachers.api:api_teacher',
     openrouter='opd_nb.teachers.api:openrouter_teacher',
-    mixture='opd_nb.teachers.mixture:mixture_teacher')
+    mixture='opd_nb.teachers.mixture:mixture_teacher',
+    scored='opd_nb.teachers.scored:scored_teacher')
 TEACHERS.places['self'] = 'opd_nb.teachers.self_teacher:self_teacher'  # no keyword may be called so
 
 # %% ../../nbs/06_teachers/01_base.ipynb #w010
@@ -174,6 +175,18 @@ def is_self(
 ) -> bool:
     "Whether the student is its own teacher."
     return isinstance(spec, str) and spec.startswith('self:')
+
+def is_scored(
+    spec: str | list,    # see `parse_specs`
+) -> bool:
+    "Whether the teacher is a file of texts that were scored before."
+    return isinstance(spec, str) and spec.startswith('scored:')
+
+def is_stored(
+    teacher,   # see `load_teacher`
+) -> bool:     # then it has `conversations` and `text_of`, see `ScoredTeacher`
+    "Whether a teacher knows nothing but the texts of a file."
+    return hasattr(teacher, 'text_of')
 
 def parse_specs(
     spec: str | list,          # a spec, 'spec@2,spec@1', a list of specs or of (spec, weight)
@@ -198,6 +211,9 @@ def load_teacher(
     if len(specs) > 1 and any(is_self(one) for one, _ in specs):
         raise BadInput('teacher', spec, 'mixes the student itself with others, which is not there',
                        'Choose the student or the others.')
+    if len(specs) > 1 and any(is_scored(one) for one, _ in specs):
+        raise BadInput('teacher', spec, 'has texts that were scored before, which are used one at a '
+                       'time: one file, and no other teacher', 'Train on one after the other.')
     if len(specs) > 1: return TEACHERS['mixture'](specs, config)
     spec = specs[0][0]
     scheme, colon, rest = spec.partition(':')
@@ -214,7 +230,7 @@ class Unscored(BadInput):
         value,         # its completion or prompt
         allowed: str,  # what is wrong with it
         remedy: str,   # the next thing to do
-        reason: str,   # 'too_long', 'unreadable' or 'refused'
+        reason: str,   # 'too_long', 'unreadable', 'refused' or 'not_stored'
     ):
         super().__init__(field, value, allowed, remedy)
         self.reason = reason

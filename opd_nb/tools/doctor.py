@@ -23,9 +23,10 @@ from ..alignment.chat import ChatCodec
 from ..alignment.vocab import VocabMap, similarity
 from ..models.lm import LM, pick_device
 from ..models.memory import Need, Shape, available_memory, estimate, format_bytes, shape_of
-from ..teachers.base import (as_teacher, describe, is_self, load_teacher, measure_scoring,
-                                  parse_specs)
+from ..teachers.base import (as_teacher, describe, is_scored, is_self, is_stored,
+                                  load_teacher, measure_scoring, parse_specs)
 from ..teachers.context import TeacherContext, in_context
+from ..teachers.scored import stored_conversations
 from ..teachers.self_teacher import self_teacher_bytes
 from ..data.formats import load_conversations
 from ..training.batch import loss_for
@@ -43,6 +44,9 @@ def data_line(
     rows: list[Conversation],
 ) -> Line:
     "What there is to train on."
+    if is_scored(config.teacher):
+        return Line('ok', 'data', f'{len(rows)} stored texts, {sum(c.has_reference for c in rows)} '
+                    'of them references')
     if not config.data:
         return Line('warning', 'data', 'none named, so a plain question stands for them',
                     'A run needs --data prompts.jsonl; opd synth makes some.')
@@ -162,14 +166,14 @@ def teacher_lines(
     if 'price unknown' in described.get('price', ''):
         found['price'] = ('warning', 'With TEACHER_PRICE=0.04,0.10 the estimate is in dollars and '
                           'a cap can be kept.')
-    if 0 < can.k < config.teacher_top_k:
+    if 0 < can.k < config.teacher_top_k and not is_stored(teacher):
         found['scores'] = ('warning', f'{config.teacher_top_k} were asked for; '
                            f'set --teacher-top-k {can.k} to say that this is meant.')
     lines = []
     for topic, text in described.items():
         level, remedy = found.get(topic, ('ok', ''))
         lines.append(Line(level, topic, text or 'none', remedy))
-    if teacher.codec and not teacher.codec.tok.chat_template:
+    if hasattr(teacher.codec, 'tok') and not teacher.codec.tok.chat_template:
         lines.append(Line('warning', 'template', 'none, so prompts go to it as plain text',
                           'A base model wants that; of a model that chats, take one with its '
                           'template.'))
@@ -223,7 +227,8 @@ def tokenizer_line(
 ) -> Line:
     "How similar two tokenizers are, on the prompts if there are any."
     texts, what = [TEXT], 'a plain text'
-    if config.data:
+    if known := getattr(teacher.bytes, 'known', None): texts, what = [*known], 'the stored texts'
+    elif config.data:
         texts = [c.prompt[-1]['content'] for c in load_conversations(config.data, config.on_error, 100)]
         what = 'the prompts'
     same = similarity(student.bytes, teacher.bytes, texts)
@@ -374,6 +379,8 @@ def check_data(
 ) -> Generator[Line, None, list[Conversation]]:  # returns the prompts; none if they cannot be read
     "Data, folder, and the reward if the method is grpo."
     def load():
+        if is_scored(config.teacher):
+            return stored_conversations(load_teacher(config.teacher, config), config)
         if config.data: return load_conversations(config.data, config.on_error, config.num_samples)
         return [choose_prompt(config)]
     rows, wrong = attempt('data', load)
@@ -422,6 +429,7 @@ def check_teacher(
     if not teacher: return None, None
     lines, wrong = attempt('teacher', lambda: teacher_lines(teacher, config))
     yield from lines or wrong
+    if is_stored(teacher): return teacher, 0.  # there is nobody to be asked
     measured, wrong = attempt('completion', lambda: measure_one(teacher))
     yield from wrong or [cost_line(measured)]
     return teacher, None if measured is None else measured['seconds']

@@ -124,6 +124,8 @@ def without_folders(
 ) -> object:
     "The value of a setting; of a local path only the last part."
     if not isinstance(value, str) or not ('/' in value or '\\' in value): return value
+    backend, colon, rest = value.partition(':')
+    if colon and backend in ('hf', 'gguf', 'scored'): return f'{backend}:{without_folders(rest)}'
     path = Path(value)
     try: is_local = path.is_absolute() or value.startswith('.') or path.exists()
     except OSError: return value  # too long for a path

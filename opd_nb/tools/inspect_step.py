@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Pair', 'load_pair', 'bytes_by_token', 'readable', 'chunk_table', 'describe_chunks', 'top_token', 'Step', 'in_columns',
-           'loss_of', 'LossAndGradient', 'loss_and_gradient', 'check_loss_gradient', 'distil_once', 'look_up',
-           'render_prompt', 'choose_prompt', 'longest_prompt', 'context_lines', 'Round', 'probe_round', 'is_hosted',
-           'RolloutCost', 'probe', 'price_of_one', 'duration']
+           'loss_of', 'LossAndGradient', 'loss_and_gradient', 'check_loss_gradient', 'distil_once', 'sample_or_stored',
+           'look_up', 'render_prompt', 'choose_prompt', 'longest_prompt', 'context_lines', 'Round', 'probe_round',
+           'is_hosted', 'RolloutCost', 'probe', 'price_of_one', 'duration']
 
 # %% ../../nbs/11_tools/02_inspect_step.ipynb #c003
 import time
@@ -26,10 +26,10 @@ from ..models.outputs import TopKSide, Side, teacher_side
 from ..models.lm import LM, read
 from ..losses.chunked import LossOutput
 from ..losses.likelihood import token_logprobs
-from ..teachers.base import as_teacher, is_self, load_teacher, row_blocks
+from ..teachers.base import as_teacher, is_self, is_stored, load_teacher, row_blocks
 from ..teachers.context import TeacherContext, in_context, is_told
 from ..data.formats import load_conversations
-from ..training.rollouts import rollout
+from ..training.rollouts import rollout, stored_rollouts
 from ..training.batch import (align_each, by_teacher, continue_rollout, distillation_loss,
                                    has_same_ids, long_for_teacher, loss_for, read_and_align,
                                    reads_own_ids, score)
@@ -242,8 +242,7 @@ def distil_once(
 ) -> Step:
     "Sample one completion, and compute the loss that the teacher's signal gives."
     config, student, question = pair.config, pair.student, conversation.prompt[-1]['content']
-    sampled = rollout(student, [conversation], config.max_new_tokens, seed,
-                      temperature=config.temperature, top_p=config.top_p)
+    sampled = sample_or_stored(pair, [conversation], seed)
     (teacher, _), = by_teacher(pair.teacher, sampled)
     if not sampled[0].ids:
         raise BadInput('prompt', question, 'was answered with nothing at all',
@@ -264,6 +263,20 @@ def distil_once(
     prompts = render_prompt(student.codec, conversation), render_prompt(teacher.codec, told)
     return Step(prompts, r, token_bytes, alignment, chunks, pair.loss.name, found.value,
                 found.trained, found.grad_norm, predicted, measured, found.metrics)
+
+
+def sample_or_stored(
+    pair: Pair,
+    conversations: list[Conversation],
+    seed: int,              # of the sampling
+    batch: int = 64,        # completions that are sampled at a time
+) -> list[Rollout]:
+    "The student's completions, or the texts of a teacher that was asked before."
+    c, student = pair.config, pair.student
+    if is_stored(pair.teacher):
+        return stored_rollouts(student.codec, pair.teacher, conversations, c.max_new_tokens)
+    return rollout(student, conversations, c.max_new_tokens, seed, temperature=c.temperature,
+                   top_p=c.top_p, batch=batch)
 
 
 @torch.no_grad()
@@ -299,9 +312,11 @@ def render_prompt(
 def choose_prompt(
     config: OPDConfig,         # `data`
     prompt: str | None = None, # that was typed
+    teacher=None,              # one that is stored brings its prompts
 ) -> Conversation:
     "The prompt for a first look at a pair."
     if prompt: return Conversation((dict(role='user', content=prompt),))
+    if is_stored(teacher): return teacher.conversations[0]
     if config.data: return load_conversations(config.data, config.on_error, 1)[0]
     return Conversation((dict(role='user', content='Tell me a story.'),))
 
@@ -361,8 +376,7 @@ def probe_round(
     c = pair.config
     asked = (prompts * n_sampled)[:n_sampled]
     start = time.perf_counter()
-    rollouts = rollout(pair.student, asked, c.max_new_tokens, c.seed, temperature=c.temperature,
-                       top_p=c.top_p, batch=n_sampled)
+    rollouts = sample_or_stored(pair, asked, c.seed, n_sampled)
     sampled, metrics = time.perf_counter(), {}
     rows = [r for r in rollouts[:n_trained] if r.ids]
     if rows and not is_hosted(pair.teacher):

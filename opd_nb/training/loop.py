@@ -186,7 +186,7 @@ def step_event(
 ) -> dict[str, object]:
     "What the log says of a step."
     rollouts = run.last_rollouts
-    from_server = run.sampler.metrics if rollouts and rollouts[0].logprobs else {}
+    from_server = getattr(run.sampler, 'metrics', {}) if rollouts and rollouts[0].logprobs else {}
     on_policy = sum(r.on_policy for r in rollouts) / max(1, len(rollouts))
     event = dict(event='step', step=run.step, loss=total.loss, objective=run.loss_name,
                  trained=total.trained, skipped=int(not usable), grad_norm=grad_norm, lr=lr, on_policy=on_policy)
@@ -305,7 +305,8 @@ def validate_and_keep_best(
     log_event(run, metrics := validate(run))
     if run.state.is_main_process:
         with explain_write_errors(run.config.output_dir / 'samples.jsonl'):
-            save_samples(run.config.output_dir, run.step, run.last_rollouts)
+            own = [r for r in run.last_rollouts if r.on_policy]
+            save_samples(run.config.output_dir, run.step, own)
     if not run.step: return  # the untouched student, to compare with
     value = monitored_value(run, metrics)
     if value > (-math.inf if run.best_value is None else run.best_value):

@@ -27,7 +27,8 @@ from ..models.memory import shape, generation_batch_size
 from ..models.fsdp import is_sharded, unsharded
 from ..losses.chunked import LossOutput
 from ..losses.registry import LOSSES
-from .rollouts import as_rollout
+from ..teachers.base import is_stored
+from .rollouts import as_rollout, stored_rollouts
 from .batch import WeightedMetrics, micro_batches, read_rollouts
 
 # %% ../../nbs/09_training/04_methods.ipynb #c006
@@ -148,8 +149,13 @@ def sample_or_reference(
     lam: float = 1.,      # λ, the probability of on-policy text
     group_size: int = 1,  # see `sample`
 ) -> list[Rollout]:
-    "The student's completions, or with probability 1 - λ the references."
-    if not is_on_policy(run.config, step, lam): return reference_rollouts(run, prompts, group_size)
+    "The student's completions, or with probability 1 - λ the references; or the stored texts."
+    c = run.config
+    if is_stored(run.teacher):
+        mine = prompts[local_rows(run.state, len(prompts), group_size)]
+        return stored_rollouts(run.student.codec, run.teacher, mine, c.max_new_tokens,
+                               run.max_prompt_tokens)
+    if not is_on_policy(c, step, lam): return reference_rollouts(run, prompts, group_size)
     return sample(run, prompts, step, group_size)
 
 # %% ../../nbs/09_training/04_methods.ipynb #c026

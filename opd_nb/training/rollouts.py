@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['uniforms', 'KeyedSampler', 'FittedPrompt', 'without_oldest_turn', 'last_characters', 'fit_prompt', 'prompt_limit',
-           'rollout', 'as_rollout']
+           'rollout', 'as_rollout', 'stored_tokens', 'stored_rollouts']
 
 # %% ../../nbs/09_training/01_rollouts.ipynb #c003
 import bisect
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,6 +20,8 @@ from ..alignment.chat import ChatCodec
 from ..models.lm import LM
 from ..models.writing import write
 from ..losses.positions import entropy
+from ..teachers.scored import ScoredTeacher
+from ..teachers.scored_file import ScoredText
 
 # %% ../../nbs/09_training/01_rollouts.ipynb #c006
 def uniforms(
@@ -174,3 +177,52 @@ def as_rollout(
     prompt = fit_prompt(codec, c, max_prompt_tokens, data)
     return Rollout(prompt.conversation, tuple(prompt.ids), tuple(ids), tuple(ends.tolist()), data,
                    stopped, on_policy=False)
+
+# %% ../../nbs/09_training/01_rollouts.ipynb #4ef85fb4
+def stored_tokens(
+    codec: ChatCodec,      # the student's
+    text: ScoredText,
+    own: bool,             # its ids are those of this student's tokenizer
+    max_new_tokens: int,   # longer texts are truncated
+) -> Rollout:              # without a prompt
+    "A stored text in the student's tokens."
+    if own:
+        ids = text.ids[:max_new_tokens]
+        if max(ids, default=0) >= len(codec.bytes): raise _other_ids(text)
+        data, ends, stopped = codec.read(list(ids))
+        if len(ids) == len(text.ids) and (data, stopped) != (text.data, text.stopped):
+            raise _other_ids(text)
+        return Rollout(text.conversation, (), ids, tuple(ends.tolist()), data, stopped, False,
+                       logprobs=text.logprobs[:max_new_tokens])
+    ids, ends = codec.write(text.data, text.stopped)
+    whole, ids, ends = len(ids) <= max_new_tokens, ids[:max_new_tokens], ends[:max_new_tokens]
+    n_bytes = len(text.data) if whole else int(ends[-1])
+    return Rollout(text.conversation, (), tuple(ids), tuple(int(e) for e in ends),
+                   text.data[:n_bytes], text.stopped and whole, False,
+                   logprobs=(math.nan,) * len(ids))
+
+
+def _other_ids(text: ScoredText) -> BadInput:
+    return BadInput('teacher', text.data.decode(errors='replace'),
+                    "has ids of a student that do not spell it, so the scored file is wrong",
+                    'Write it anew with opd score.')
+
+
+def stored_rollouts(
+    codec: ChatCodec,                     # the student's
+    teacher: ScoredTeacher,               # or one that is told more, around it
+    conversations: list[Conversation],    # of the teacher's `conversations`
+    max_new_tokens: int,                  # longer texts are truncated
+    max_prompt_tokens: int | None = None, # see `fit_prompt`
+) -> list[Rollout]:
+    "The texts that are meant, as rollouts."
+    alike, rollouts = teacher.writes_alike(codec), []
+    for c in conversations:
+        text = teacher.text_of(c)
+        own = text.writer in alike
+        r = stored_tokens(codec, text, own, max_new_tokens)
+        fitted = fit_prompt(codec, c, max_prompt_tokens, None if own else r.data)
+        shortened = fitted.conversation is not c
+        logprobs = (math.nan,) * len(r.ids) if shortened else r.logprobs
+        rollouts.append(replace(r, conversation=c, prompt_ids=tuple(fitted.ids), logprobs=logprobs))
+    return rollouts
