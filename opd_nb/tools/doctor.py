@@ -226,11 +226,9 @@ def share_lines(
     "How many of the prompts each of several teachers has."
     several = members(teacher)
     counts = {id(one): len(rows) for one, rows in as_teacher(teacher).split(prompts)}
-
     def line(who, n):
         if n: return Line('ok', 'prompts', f'{who}: {n} of {len(prompts)}')
         return Line('warning', 'prompts', f'{who}: none', 'Leave it out, or raise its weight.')
-
     return [line(who, counts.get(id(one), 0)) for who, one in several] if several[1:] else []
 
 

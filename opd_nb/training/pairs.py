@@ -103,7 +103,8 @@ def loss_of_member(
     except BadInput as e:
         if name == config.teacher or config.loss not in LOSSES: raise
         identical = vocab is not None and vocab.identical
-        fits = [x for x in teacher.capabilities.losses if identical or not LOSSES[x].same_vocab]
+        fits = [x for x in teacher.capabilities.losses
+                if x != 'sft' and (identical or not LOSSES[x].same_vocab)]
         raise BadInput(e.field, e.value, f'does not fit the teacher {name}: it {e.allowed}',
                        f'That one can serve {", ".join(fits)}; or use --loss auto, which takes for '
                        'each teacher what fits it.') from None
