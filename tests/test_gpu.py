@@ -13,7 +13,8 @@ from opd_nb.losses import trl_gold as peers  # the latter for gold_trl
 from opd_nb.teachers.hf import HFTeacher
 from opd_nb.data.formats import save_conversations
 from opd_nb.training.rollouts import rollout
-from opd_nb.training.batch import distillation_loss, loss_for, read_and_align, score
+from opd_nb.training.batch import distillation_loss, read_and_align, score
+from opd_nb.training.pairs import loss_for
 from opd_nb.training.loop import train
 from opd_nb.lab import countdown
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAX_DEPTH', 'BETWEEN', 'SURROGATE', 'FORMULA', 'HARMLESS', 'BadLine', 'is_too_deep', 'parse_json', 'loaded',
            'is_missing', 'is_empty', 'json_text', 'read_objects', 'write_text', 'as_cell', 'as_shown_cell', 'from_cell',
-           'plain_label', 'counted']
+           'plain_label', 'counted', 'short_number']
 
 # %% ../../nbs/01_core/10_text.ipynb #q004
 import ast
@@ -187,3 +187,10 @@ def counted(
 ) -> str:
     "A number with its noun."
     return f'{n:,} {noun}' if n == 1 else f"{n:,} {plural or noun + 's'}"
+
+
+def short_number(
+    x: float,
+) -> str:
+    "Two digits that count, without an exponent: 0.034, 1.4, 140."
+    return f'{x:.2g}' if x < 10 else f'{x:.0f}'

@@ -25,8 +25,9 @@ from ..core.types import Conversation, FullSignal, Head, Signal, TopKSignal
 from ..alignment.chunks import align
 from ..alignment.vocab import Events, VocabMap
 from ..models.lm import LM, read
-from ..teachers.base import encode_records, load_teacher, row_blocks
+from ..teachers.base import as_teacher, encode_records, load_teacher, row_blocks
 from ..teachers.context import InContext, TeacherContext, in_context
+from ..teachers.mixture import Mixture
 from .formats import load_conversations
 from .replies import made_folder
 from .filters import kind_of, words_of
@@ -152,16 +153,17 @@ def topk_overlap(
     batch_size: int = 32,               # records at a time
 ) -> list[tuple[float, int]]:           # for each record: sum of overlaps, number of positions
     "How many of the teacher's most probable tokens are also the student's."
-    vocab = VocabMap.build(student.codec, teacher.codec)
-    student_events, teacher_events = event_of_id(vocab.student), event_of_id(vocab.teacher)
-    out = []
-    for start in range(0, len(conversations), batch_size):
-        batch = conversations[start:start + batch_size]
-        signals = teacher.score(batch, [(c.reference.encode(), True) for c in batch])
-        for ours, signal in zip(student_top_tokens(student, batch, k), signals):
-            theirs = TopTokens(teacher_top_ids(signal, k), signal.ends)
-            overlaps = overlap_by_position(ours, theirs, student_events, teacher_events)
-            out.append((float(overlaps.sum()), len(overlaps)))
+    out = [(0., 0)] * len(conversations)
+    for one, rows in as_teacher(teacher).split(conversations):
+        vocab = VocabMap.build(student.codec, one.codec)
+        events = event_of_id(vocab.student), event_of_id(vocab.teacher)
+        for mine in (rows[i:i + batch_size] for i in range(0, len(rows), batch_size)):
+            batch = [conversations[i] for i in mine]
+            signals = one.score(batch, [(c.reference.encode(), True) for c in batch])
+            for i, ours, signal in zip(mine, student_top_tokens(student, batch, k), signals):
+                theirs = TopTokens(teacher_top_ids(signal, k), signal.ends)
+                overlaps = overlap_by_position(ours, theirs, *events)
+                out[i] = float(overlaps.sum()), len(overlaps)
     return out
 
 # %% ../../nbs/07_data/11_agreement.ipynb #c022
@@ -211,13 +213,17 @@ def skip_unreadable(
     "Drop the records that one of the models cannot read."
     errors = []
     for model in models:
-        if not model.codec: continue
-        completions = [(c.reference.encode(), True) for c in records]
-        context = getattr(model, 'context', np.inf)
-        told = [model.told(c) if isinstance(model, InContext) else c for c in records]
-        laid = encode_records(told, completions, model.codec, context, on_error='return')
-        errors += [x for x in laid if isinstance(x, BadInput)]
-        records = [c for c, x in zip(records, laid) if not isinstance(x, BadInput)]
+        whole, bad = [(model, range(len(records)))], {}
+        for one, rows in model.split(records) if isinstance(model, Mixture) else whole:
+            if not one.codec: continue
+            mine = [records[i] for i in rows]
+            completions = [(c.reference.encode(), True) for c in mine]
+            context = getattr(one, 'context', np.inf)
+            told = [one.told(c) if isinstance(one, InContext) else c for c in mine]
+            laid = encode_records(told, completions, one.codec, context, on_error='return')
+            bad |= {i: x for i, x in zip(rows, laid) if isinstance(x, BadInput)}
+        errors += bad.values()
+        records = [c for i, c in enumerate(records) if i not in bad]
     return records, errors
 
 # %% ../../nbs/07_data/11_agreement.ipynb #c025

@@ -55,7 +55,9 @@ class LocalWriter:
 
     def tokens(self, request: MessageRequest, text: str, stopped: bool) -> tuple[int, int]:
         "Tokens of prompt and reply; 0 for a teacher without a tokenizer."
-        codec = self.teacher.codec
+        writer, asked = self.teacher, Conversation(request.messages)
+        if hasattr(writer, 'split'): (writer, _), = writer.split([asked])  # one of several
+        codec = writer.codec
         if not codec: return 0, 0
         ids, _ = codec.write(text.encode(), stopped)
         return len(codec.prompt(list(request.messages))), len(ids)

@@ -283,7 +283,8 @@ class Experiment:
         self.config, self.teacher, self.budget = config, teacher, budget
         self.each, self.prompts = each, prompts
         self.run, self.meter = prepare(config, teacher), Meter(budget)
-        self.run.vocab = None  # no vocabulary, no monitored values; the loss has its own
+        # no vocabulary, no monitored values; the loss has its own
+        self.run.pairs = [replace(pair, vocab=None) for pair in self.run.pairs]
         self.puzzles = asked_of(seed, budget)
         self.average = [w.detach().clone() for w in self.run.student.model.parameters()]
 

@@ -337,7 +337,8 @@ def measure_scoring(
         tokens = estimate.tokens_in + estimate.tokens_out
         cost = dict(requests=estimate.requests, tokens=tokens, dollars=dollars)
     else:
-        tokens = len(teacher.codec.prompt(teacher.told(conversation).prompt)) + len(signal.ids)
+        (one, _), = teacher.split([conversation])  # with the tokenizer that scored it
+        tokens = len(one.codec.prompt(one.told(conversation).prompt)) + len(signal.ids)
         cost = dict(requests=0, tokens=tokens, dollars=0.0)
     return dict(seconds=seconds, positions=len(signal.ids), bytes=len(completion[0])) | cost
 

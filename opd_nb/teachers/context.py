@@ -233,7 +233,9 @@ def in_context(
     extra: TeacherContext,   # what it is told
 ) -> Teacher:                # the same if it is told something already
     "A teacher that is told what the settings and its records say."
-    if isinstance(teacher, InContext): return teacher
+    if isinstance(teacher, InContext):
+        if not isinstance(teacher.inner, Mixture): return teacher
+        teacher, extra = teacher.inner, teacher.extra
     if not isinstance(teacher, Mixture): return InContext(teacher, extra)
     told = [in_context(t, extra) for t in teacher.teachers]
     return Mixture(told, teacher.weights, teacher.names)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TEXT', 'data_line', 'reward_line', 'LocalModels', 'local_models', 'memory_lines', 'memory_remedy', 'teacher_lines',
-           'measure_one', 'cost_line', 'pair_lines', 'tokenizer_line', 'loss_line', 'probe_lines', 'short_number',
+           'measure_one', 'cost_line', 'pair_lines', 'share_lines', 'tokenizer_line', 'loss_line', 'probe_lines',
            'time_line', 'tokens_line', 'dollars_line', 'overlap_line', 'examine', 'check_data', 'check_memory',
            'check_student', 'check_teacher']
 
@@ -16,7 +16,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+
 from ..core.errors import BadInput
+from ..core.text import short_number
 from ..core.types import Conversation
 from ..core.config import OPDConfig, require_teacher
 from ..alignment.chat import ChatCodec
@@ -26,16 +29,17 @@ from ..models.memory import Need, Shape, available_memory, estimate, format_byte
 from ..teachers.base import (as_teacher, describe, is_scored, is_self, is_stored,
                                   load_teacher, measure_scoring, parse_specs)
 from ..teachers.context import TeacherContext, in_context
+from ..teachers.mixture import members
 from ..teachers.scored import stored_conversations
 from ..teachers.self_teacher import self_teacher_bytes
 from ..data.formats import load_conversations
-from ..training.batch import loss_for
+from ..training.pairs import loss_for
 from ..training.methods import FROM_REFERENCES, get_method
 from ..training.grpo import REWARDS
 from ..training.setup import load_student, with_steps
-from .machine import (Line, attempt, device_line, disk_line, folder_line, package_lines,
+from .machine import (Line, about, attempt, device_line, disk_line, folder_line, package_lines,
                                   python_line)
-from .inspect_step import (Pair, RolloutCost, choose_prompt, context_lines, duration,
+from .inspect_step import (Models, RolloutCost, choose_prompt, context_lines, duration,
                                        is_hosted, load_pair, longest_prompt, probe)
 
 # %% ../../nbs/11_tools/03_doctor.ipynb #c009
@@ -219,6 +223,19 @@ def pair_lines(
             loss_line(vocab, teacher, config)]
 
 
+def share_lines(
+    teacher,                      # see `load_teacher`
+    prompts: list[Conversation],
+) -> list[Line]:                  # none for a teacher that is alone
+    "How many of the prompts each of several teachers has."
+    several = members(teacher)
+    counts = {id(one): len(rows) for one, rows in as_teacher(teacher).split(prompts)}
+    def line(who, n):
+        if n: return Line('ok', 'prompts', f'{who}: {n} of {len(prompts)}')
+        return Line('warning', 'prompts', f'{who}: none', 'Leave it out, or raise its weight.')
+    return [line(who, counts.get(id(one), 0)) for who, one in several] if several[1:] else []
+
+
 def tokenizer_line(
     student: ChatCodec,
     teacher: ChatCodec,
@@ -262,25 +279,18 @@ def loss_line(
 
 # %% ../../nbs/11_tools/03_doctor.ipynb #c028
 def probe_lines(
-    pair: Pair,
+    models: Models,
     prompts: list[Conversation],
     reply_seconds: float = 0.,  # of one reply of a hosted teacher
 ) -> list[Line]:                # time, tokens, dollars, overlap
     "What a run will take, and how far apart the two models are."
-    c, p = pair.config, probe(pair, prompts)
-    asking = reply_seconds / c.teacher_concurrency if is_hosted(pair.teacher) else 0.
+    c, p = models.config, probe(models, prompts)
+    asking = reply_seconds / c.teacher_concurrency if is_hosted(models.teacher) else 0.
     validations = 1 + c.max_steps // c.eval_every
     validated = validations * min(c.val_max_samples, round(len(prompts) * c.val_fraction))
     lines = [time_line(c, p, asking, validated), tokens_line(c, p), dollars_line(c, p, validated)]
     if 'overlap' in p.metrics: lines.append(overlap_line(p.metrics))
     return lines
-
-
-def short_number(
-    x: float,
-) -> str:
-    "Two digits that count, without an exponent: 0.034, 1.4, 140."
-    return f'{x:.2g}' if x < 10 else f'{x:.0f}'
 
 
 def time_line(
@@ -364,8 +374,14 @@ def examine(
     if not with_student: return
     student = student or (yield from check_student(config))
     if not (teacher and student): return
-    lines, wrong = attempt('pair', lambda: [*context_lines(teacher, config, prompts),
-                                            *pair_lines(student.codec, teacher, config)])
+    def compare():
+        lines = context_lines(teacher, config, prompts)
+        if config.data: lines += share_lines(teacher, prompts)
+        for who, one in members(teacher):
+            lines += about(who, pair_lines(student.codec, one, config))
+        return lines
+
+    lines, wrong = attempt('pair', compare)
     yield from lines or wrong
     if wrong or any(line.level == 'stop' for line in lines): return
     if not prompts or reply_seconds is None: return
@@ -427,11 +443,15 @@ def check_teacher(
     teacher, wrong = attempt('teacher', load)
     yield from wrong
     if not teacher: return None, None
-    lines, wrong = attempt('teacher', lambda: teacher_lines(teacher, config))
-    yield from lines or wrong
-    if is_stored(teacher): return teacher, 0.  # there is nobody to be asked
-    measured, wrong = attempt('completion', lambda: measure_one(teacher))
-    yield from wrong or [cost_line(measured)]
-    return teacher, None if measured is None else measured['seconds']
-
-
+    seconds = []
+    for who, one in members(teacher):
+        lines, wrong = attempt('teacher', lambda one=one: teacher_lines(one, config))
+        yield from about(who, lines or wrong)
+        if is_stored(one):  # there is nobody to be asked
+            seconds.append(0.)
+            continue
+        measured, wrong = attempt('completion', lambda one=one: measure_one(one))
+        yield from about(who, wrong or [cost_line(measured)])
+        seconds.append(None if measured is None else measured['seconds'] * is_hosted(one))
+    if None in seconds: return teacher, None
+    return teacher, float(np.average(seconds, weights=getattr(teacher, 'weights', None)))

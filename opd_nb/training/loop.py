@@ -39,11 +39,13 @@ from ..monitor.metrics import sample_faults, text_metrics
 from ..monitor.run_log import log_event, explain_write_errors
 from ..monitor.trackers import Trackers
 from ..monitor.report import end_of_run, save_samples
+from .pairs import pair_of
 from .batch import (WeightedMetrics, by_teacher, distillation_loss, fault_of,
                                    micro_batches, read_and_align, reads_own_ids, score)
 from .grpo import reward_metrics, rewards_of
-from .methods import (LossSum, MethodLoss, Term, get_method, register_method,
-                                     sample_or_reference, step_terms, weighted_means)
+from .methods import (
+    LossSum, MethodLoss, Term, by_objective, get_method, register_method, sample_or_reference,
+    step_terms, weighted_means)
 from .checkpoints import (
     Monitored, StopRequest, check_resumable, lost_steps, resume_command, resume_run, save_records,
     save_student, stop_if_asked)
@@ -65,7 +67,7 @@ def train_step(
     grad_norm = clip_gradients(run.state, run.weights, run.config.grad_clip)
     usable = bool(total.trained and math.isfinite(grad_norm))
     lr = update_weights(run, usable)                         # 6. optimizer step
-    run.last_rollouts = terms[0].term.rollouts
+    run.last_rollouts = terms[0].term.texts
     return step_event(run, total, usable, grad_norm, lr) | run.phase_seconds(run.now() - start)
 
 
@@ -95,21 +97,21 @@ def distil(
     "Distil the teacher into the student on these rollouts, one micro-batch after the other."
     c, losses = run.config, LossSum()
     positions = PositionChoice.parse(c.positions if backward else 'all')
-    rollouts = [beginning(positions, r) for r in rollouts]
-    whole_groups = c.score_weight == 'trajectory' or 'score' in run.teacher.capabilities.access
-    for rows in micro_batches(rollouts, run.micro_batch, whole_groups):
-        for teacher, texts in by_teacher(run.teacher, rows):
+    for teacher, texts in by_teacher(run.teacher, [beginning(positions, r) for r in rollouts]):
+        pair = pair_of(run.pairs, teacher)                   # its vocabulary and its loss
+        whole_groups = c.score_weight == 'trajectory' or 'score' in teacher.capabilities.access
+        for rows in micro_batches(texts, run.micro_batch, whole_groups):
             asked = time.perf_counter()
-            own_ids = reads_own_ids(teacher, run.student.codec, run.vocab)
-            scored = score(teacher, texts, own_ids)          # 2. signals, from the teacher
+            own_ids = reads_own_ids(teacher, run.student.codec, pair.vocab)
+            scored = score(teacher, rows, own_ids)           # 2. signals, from the teacher
             run.seconds['teacher'] += run.now() - asked
             losses.metrics.append((1, scored.counts))
             if not scored.rollouts: continue                 # none that it can read
             # 3. alignment of its positions and the student's, on bytes
-            batch = read_and_align(run.student, scored.rollouts, scored.signals, run.vocab,
+            batch = read_and_align(run.student, scored.rollouts, scored.signals, pair.vocab,
                                    run.compute_dtype)
             # 4. loss, a sum over aligned chunks
-            loss, metrics = distillation_loss(batch, run.loss, c.score_weight, c.min_teacher_logp,
+            loss, metrics = distillation_loss(batch, pair.loss, c.score_weight, c.min_teacher_logp,
                                               c.max_groups, positions)
             del scored, batch                                # frees the teacher's hidden states
             # 5. backward: adds to `.grad`
@@ -150,14 +152,16 @@ def all_reduce_terms(
     losses, scaled, trained = {}, [], 0
     for t in terms:
         total, weight, n = all_reduce_sum(run.state, t.total, t.weight, t.trained)
-        losses[f'loss_{t.term.method}'] = total / weight if weight else 0.
-        if weight: scaled.append((t.term.factor / weight, t.gradients))
         trained += n
-    loss = sum(t.term.factor * x for t, x in zip(terms, losses.values())) if trained else math.nan
+        if not weight: continue
+        losses[t.term.name] = t.term.factor, total / weight
+        scaled.append((t.term.factor / weight, t.gradients))
+    loss = sum(factor * mean for factor, mean in losses.values()) if trained else math.nan
     if terms[0].gradients: set_gradients(run.state, run.weights, scaled)
     metrics = weighted_means([pair for t in terms for pair in all_gather(run.state, t.metrics)])
-    metrics |= text_metrics(all_gather(run.state, terms[0].term.rollouts))
-    if len(terms) > 1: metrics = losses | metrics
+    metrics |= text_metrics(all_gather(run.state, terms[0].term.texts))
+    if len(terms) > 1 or terms[0].term.objective:
+        metrics = {f'loss_{name}': mean for name, (_, mean) in losses.items()} | metrics
     return StepLoss(loss, int(trained), metrics)
 
 # %% ../../nbs/09_training/08_loop.ipynb #w003
@@ -254,16 +258,17 @@ def validate(
     method = run.config.method
     run.student.model.eval()
 
-    def attempt() -> TermLoss:
+    def attempt() -> list[TermLoss]:
         rollouts = sample_or_reference(run, run.val, VALIDATION_STEP)
-        result = get_method(method)(run, rollouts, backward=False)
+        terms = by_objective(run, Term(1., method, rollouts), run.val)
+        results = [get_method(method)(run, term.rollouts, backward=False) for term in terms]
         if run.config.reward_weight:
-            result.metrics.extend(reward_metrics(rewards_of(run.config.reward, rollouts)))
-        return TermLoss.of(Term(1., method, rollouts), result, [])
+            results[0].metrics.extend(reward_metrics(rewards_of(run.config.reward, rollouts)))
+        return [TermLoss.of(term, result, []) for term, result in zip(terms, results)]
 
-    term_loss = retry_on_oom(run, attempt, len(run.val))
-    total = all_reduce_terms(run, [term_loss])
-    run.last_rollouts = term_loss.term.rollouts
+    terms = retry_on_oom(run, attempt, len(run.val))
+    total = all_reduce_terms(run, terms)
+    run.last_rollouts = terms[0].term.texts
     event = dict(event='validation', step=run.step, loss=total.loss, objective=run.loss_name,
                  trained=total.trained)
     return event | total.metrics

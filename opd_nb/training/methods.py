@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['FROM_REFERENCES', 'METHODS', 'SUMMED', 'MAXIMA', 'step_prompts', 'epoch_order', 'sampling_batch_size',
            'new_tokens_at', 'sample', 'reference_rollouts', 'require_references', 'is_on_policy', 'sample_or_reference',
-           'Term', 'step_terms', 'MethodLoss', 'register_method', 'get_method', 'LossSum', 'sft', 'weighted_means']
+           'Term', 'by_objective', 'step_terms', 'MethodLoss', 'register_method', 'get_method', 'LossSum', 'sft',
+           'weighted_means']
 
 # %% ../../nbs/09_training/04_methods.ipynb #c003
 import random
@@ -28,6 +29,7 @@ from ..models.fsdp import is_sharded, unsharded
 from ..losses.chunked import LossOutput
 from ..losses.registry import LOSSES
 from ..teachers.base import is_stored
+from .pairs import objectives_of, share_of_prompts
 from .rollouts import as_rollout, stored_rollouts
 from .batch import WeightedMetrics, micro_batches, read_rollouts
 
@@ -165,6 +167,32 @@ class Term:
     factor: float            # in the step's loss
     method: str              # see `get_method`
     rollouts: list[Rollout]  # of this process
+    objective: str = ''      # if it is one of several, see `by_objective`
+    whole: list[Rollout] | None = None  # of all objectives of the method; its own, if not set
+
+    @property
+    def name(self) -> str:
+        "What the log calls its loss."
+        return self.objective or self.method
+
+    @property
+    def texts(self) -> list[Rollout]:
+        "The rollouts of its method, whoever scores them."
+        return self.rollouts if self.whole is None else self.whole
+
+
+def by_objective(
+    run,           # a `Run`, see `setup`
+    term: Term,
+    prompts: list[Conversation],  # of the whole step
+) -> list[Term]:
+    "A term for each objective of the step, if the teachers of the run have several."
+    if len({pair.objective for pair in run.pairs}) < 2: return [term]
+    asked = [r.conversation for r in term.rollouts]
+    own = list(zip(term.rollouts, objectives_of(run.pairs, run.teacher, asked)))
+    return [Term(term.factor * share, term.method, [r for r, x in own if x == name], name,
+                 term.rollouts)
+            for name, share in share_of_prompts(run.pairs, run.teacher, prompts).items()]
 
 
 def step_terms(
@@ -179,7 +207,7 @@ def step_terms(
     if c.lambda_kd:
         lam = c.lam if c.method == 'opd' else 1.
         rollouts = sample_or_reference(run, prompts, step, lam, c.num_generations)
-        terms.append(Term(c.lambda_kd, c.method, rollouts))
+        terms += by_objective(run, Term(c.lambda_kd, c.method, rollouts), prompts)
         if c.reward_weight and is_on_policy(c, step, lam):
             terms.append(Term(c.reward_weight, 'grpo', rollouts))
     if c.lambda_sft:
@@ -246,7 +274,7 @@ def sft(
     for rows in micro_batches(rollouts, run.micro_batch):
         side = read_rollouts(run.student, rows, run.compute_dtype)
         ends = [r.ends for r in rows]
-        out = LOSSES['sft'](side, side, align(ends, ends), run.vocab)
+        out = LOSSES['sft'](side, side, align(ends, ends), None)
         if backward: out.total.backward()
         losses.add(out)
     return losses.result

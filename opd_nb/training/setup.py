@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['log', 'NOTHING_TOLD', 'Run', 'load_student', 'compute_dtype', 'prepare', 'hash_of_data', 'load_models',
-           'load_prompts', 'require_shown', 'with_steps', 'check_templates', 'warn_of_long_prompts', 'check_positions',
-           'size_text', 'codec_text', 'model_texts', 'budget_text', 'run_record', 'pair_warnings', 'agree_on_folder']
+           'load_prompts', 'require_shown', 'with_steps', 'check_templates', 'check_template', 'warn_of_long_prompts',
+           'check_positions', 'size_text', 'codec_text', 'model_texts', 'teacher_text', 'budget_text', 'run_record',
+           'pair_warnings', 'agree_on_folder']
 
 # %% ../../nbs/09_training/07_setup.ipynb #h003
 import logging
@@ -28,7 +29,7 @@ from ..core.distributed import all_gather, all_or_none, process_state
 from ..core.folders import choose_folder
 from ..core.text import counted
 from ..core.types import Conversation, PositionChoice, Rollout
-from ..alignment.vocab import VocabMap
+from ..alignment.chat import ChatCodec
 from ..models.lm import LM, merge_adapters
 from ..models.optim import add_lora, make_optimizers, make_schedule
 from ..models.fsdp import fsdp_requested, shard
@@ -41,7 +42,8 @@ from ..monitor.alerts import Watch
 from ..monitor.trackers import tracker_names
 from .rollouts import prompt_limit, rollout
 from .vllm_rollouts import rollout_function
-from .batch import loss_for, warn_of_teachers_context
+from .pairs import Pair, make_pairs, pair_of
+from .batch import warn_of_teachers_context
 from .methods import require_references
 from .checkpoints import Monitored, data_hash, move_into_place
 
@@ -54,8 +56,7 @@ class Run:
     config: OPDConfig
     student: LM
     teacher: object                     # see `load_teacher`; None if the method needs none
-    vocab: VocabMap | None              # None if the teacher's vocabulary is not known
-    loss: Callable | None               # see `get_loss`
+    pairs: list[Pair]                   # one for each teacher: its vocabulary and its loss
     train: list[Conversation]
     val: list[Conversation]
     state: object                       # this process among all of the run, see `process_state`
@@ -81,8 +82,10 @@ class Run:
 
     @property
     def loss_name(self) -> str:
-        "The loss as resolved, or the method if it needs none."
-        return self.loss.name if self.loss else self.config.method
+        "The loss as resolved, or the method if it needs none; several losses with a comma."
+        names = dict.fromkeys(pair.objective for pair in self.pairs)
+        if len(names) > 1: return ', '.join(names)
+        return self.pairs[0].loss.name if self.pairs else self.config.method
 
     def now(self) -> float:
         "The time in seconds, once the device has done what it was given."
@@ -175,11 +178,9 @@ def prepare(
     train, val = load_prompts(config, teacher)
     config = with_steps(config, len(train))
     student, teacher = load_models(config, state, teacher)
-    has_vocab = teacher and teacher.codec  # an endpoint may have no tokenizer here
-    vocab = VocabMap.build(student.codec, teacher.codec) if has_vocab else None
-    loss = teacher and loss_for(config.loss, vocab, teacher, config)
-    check_positions(config, teacher)
-    run = Run(config, student, teacher, vocab, loss, train, val, state,
+    pairs = make_pairs(student.codec, teacher, config)
+    for pair in pairs: check_positions(config, pair.teacher)
+    run = Run(config, student, teacher, pairs, train, val, state,
               compute_dtype=compute_dtype(config, student), sampler=rollout_function(config),
               watch=Watch(config), micro_batch=config.micro_batch,
               data_hash=hash_of_data(train, teacher))
@@ -268,19 +269,30 @@ def check_templates(
 ):
     "Raise `BadInput` if the student's or the teacher's chat template refuses some of the prompts."
     prompts = run.train + run.val
-    for who, model in (('student', run.student), ('teacher', run.teacher)):
-        if not getattr(model, 'codec', None): continue
-        seen = prompts if who == 'student' else map(as_teacher(model).told, prompts)
-        by_roles: dict[tuple[str, ...], list[Conversation]] = {}
-        for c in seen: by_roles.setdefault(tuple(m['role'] for m in c.prompt), []).append(c)
-        for roles, rows in by_roles.items():
-            try:
-                model.codec.prompt(rows[0].prompt)
-            except BadInput as e:
-                raise BadInput(
-                    'data', str(run.config.data),
-                    f"has {len(rows)} of {len(prompts)} prompts with the turns {', '.join(roles)}, "
-                    f'which are not for this {who}: the first {e.allowed}', e.remedy) from None
+    check_template(run, 'student', run.student.codec, prompts)
+    for teacher, rows in as_teacher(run.teacher).split(prompts) if run.teacher else ():
+        if not teacher.codec: continue
+        who = f'teacher {pair_of(run.pairs, teacher).name}' if len(run.pairs) > 1 else 'teacher'
+        check_template(run, who, teacher.codec, [teacher.told(prompts[i]) for i in rows])
+
+
+def check_template(
+    run: Run,
+    who: str,                    # whose template it is, for the message
+    codec: ChatCodec,
+    seen: list[Conversation],    # the prompts as that model sees them
+):
+    "Raise `BadInput` if it refuses some of them."
+    by_roles: dict[tuple[str, ...], list[Conversation]] = {}
+    for c in seen: by_roles.setdefault(tuple(m['role'] for m in c.prompt), []).append(c)
+    for roles, rows in by_roles.items():
+        try:
+            codec.prompt(rows[0].prompt)
+        except BadInput as e:
+            raise BadInput(
+                'data', str(run.config.data),
+                f"has {len(rows)} of {len(seen)} prompts with the turns {', '.join(roles)}, "
+                f'which are not for this {who}: the first {e.allowed}', e.remedy) from None
 
 # %% ../../nbs/09_training/07_setup.ipynb #c021
 def warn_of_long_prompts(
@@ -340,18 +352,31 @@ def codec_text(
 
 def model_texts(
     run: Run,
-) -> dict[str, str]:   # 'student' and, if there is one, 'teacher'
-    "Both models in a line each."
-    c, teacher = run.config, run.teacher
-    parts = [c.student, size_text(run.student.model), codec_text(run.student.codec)]
+) -> dict[str, str]:   # 'student' and, if there is one, 'teacher'; or 'teacher 1', 'teacher 2', …
+    "The models in a line each."
+    parts = [run.config.student, size_text(run.student.model), codec_text(run.student.codec)]
     texts = dict(student=', '.join(parts))
-    if teacher is None: return texts
+    if len(run.pairs) < 2: return texts | {'teacher': teacher_text(p) for p in run.pairs}
+    taken = Counter()
+    for teacher, rows in run.teacher.split(run.train):
+        taken[pair_of(run.pairs, teacher).name] += len(rows)
+    for i, p in enumerate(run.pairs, 1):
+        share = f'{taken[p.name]} of {len(run.train)} prompts, loss {p.objective}'
+        texts[f'teacher {i}'] = f'{teacher_text(p)}; {share}'
+    return texts
+
+
+def teacher_text(
+    pair: Pair,
+) -> str:
+    "What a teacher is: its size or how it is asked, its vocabulary, what it is told."
+    teacher, described = pair.teacher, describe(pair.teacher)
     lm = getattr(teacher, 'lm', None)
-    parts = [size_text(lm.model) if lm else describe(teacher)['mode']]
-    if hasattr(teacher.codec, 'tok'): parts.append(codec_text(teacher.codec))
-    else: parts.append(describe(teacher)['tokenizer'])
-    if 'told' in describe(teacher): parts.append(f"told {describe(teacher)['told']}")
-    return texts | dict(teacher=f"{c.teacher}, {', '.join(parts)}")
+    parts = [pair.name, size_text(lm.model) if lm else described['mode']]
+    known = hasattr(teacher.codec, 'tok')
+    parts.append(codec_text(teacher.codec) if known else described['tokenizer'])
+    if 'told' in described: parts.append(f"told {described['told']}")
+    return ', '.join(parts)
 
 # %% ../../nbs/09_training/07_setup.ipynb #89de32a2
 def budget_text(
@@ -370,7 +395,7 @@ def run_record(
     run: Run,
 ) -> dict[str, str]:   # topic -> what it is
     "What a run is, as resolved."
-    chosen = ' (chosen by auto)' if run.loss and run.config.loss == 'auto' else ''
+    chosen = ' (chosen by auto)' if run.pairs and run.config.loss == 'auto' else ''
     device = f'{run.student.device}, {str(run.student.model.dtype).removeprefix("torch.")}'
     return model_texts(run) | dict(device=device, loss=f'{run.loss_name}{chosen}',
                                    budget=budget_text(run), version=f'opd_nb {__version__}')
@@ -384,14 +409,17 @@ def pair_warnings(
     run: Run,
 ) -> list[str]:    # sentences
     "What is odd about a pair: a student that is larger than its teacher, a base model."
-    found, lm = [], getattr(run.teacher, 'lm', None)
-    sizes = [sum(p.numel() for p in m.model.parameters()) for m in (run.student, lm) if m]
-    if len(sizes) == 2 and sizes[0] > sizes[1]:
-        found.append(f'The student is larger than its teacher ({sizes[0] / 1e6:,.2f} M weights, '
-                     f'{sizes[1] / 1e6:,.2f} M): were the two exchanged?')
+    found, several = [], len(run.pairs) > 1
+    teachers = [(f'teacher {p.name}' if several else 'teacher', p.teacher) for p in run.pairs]
+    for who, teacher in teachers:
+        lm = getattr(teacher, 'lm', None)
+        sizes = [sum(p.numel() for p in m.model.parameters()) for m in (run.student, lm) if m]
+        if len(sizes) == 2 and sizes[0] > sizes[1]:
+            found.append(f'The student is larger than its {who} ({sizes[0] / 1e6:,.2f} M weights, '
+                         f'{sizes[1] / 1e6:,.2f} M): were the two exchanged?')
     if hasattr(run.teacher, 'follows') and not is_told(run.teacher, run.train):
         found.append(NOTHING_TOLD)
-    for who, model in (('student', run.student), ('teacher', run.teacher)):
+    for who, model in (('student', run.student), *teachers):
         tok = getattr(getattr(model, 'codec', None), 'tok', None)
         if tok is not None and not getattr(tok, 'chat_template', None):
             found.append(f'The {who} has no chat template, as a base model; prompts go in bare. '

@@ -146,7 +146,7 @@ def test_distil_rows_is_called_as_before():
     "Seven arguments by place, as a trainer on another library calls it."
     import opd_nb, torch
     from opd_nb.lab import countdown
-    from opd_nb.training.batch import loss_for
+    from opd_nb.training.pairs import loss_for
     lm, teacher = opd_nb.LM.load('tiny:student'), opd_nb.load_teacher('tiny:')
     vocab = opd_nb.VocabMap.build(lm.codec, teacher.codec)
     rollouts = [r for r in opd_nb.rollout(lm, countdown.draw(4, 0), 12, 0) if r.ids]

@@ -13,7 +13,8 @@ from opd_nb.models.lm import LM
 from opd_nb.teachers.base import load_teacher
 from opd_nb.teachers.hf import HFTeacher
 from opd_nb.tools.export_gguf import export_gguf
-from opd_nb.training.batch import distillation_loss, loss_for, read_and_align, reads_own_ids, score
+from opd_nb.training.batch import distillation_loss, read_and_align, reads_own_ids, score
+from opd_nb.training.pairs import loss_for
 from opd_nb.training.rollouts import rollout
 
 warnings.filterwarnings('ignore', message='.*experimental.*')
