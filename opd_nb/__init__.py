@@ -264,7 +264,7 @@ RENAMED = {old: dict(pair.split('=') for pair in pairs.split()) for old, pairs i
            'table_of=byte_table turn_of=turn_markers',
     trackers='can_log_in=wandb_can_log_in figures_of=tracked_metrics run_number=run_id '
              'told_settings=tracked_settings wanted=tracker_names',
-    training='FAILURES=MAX_FAILED_STEPS LEVERS=SAVES_MEMORY due=validation_due '
+    training='FAILURES=MAX_FAILED_STEPS due=validation_due '
              'failing=save_failed keep_best=validate_and_keep_best merit=monitored_value '
              'monitored=choose_monitored paused=save_and_explain',
     types='Dense=FullSignal Judged=ScoreSignal Sparse=TopKSignal Written=TextSignal',
