@@ -202,8 +202,8 @@ class LossSettings(BaseModel):
         "text scored by the teacher; sft, reference text alone; grpo, own text and a verifier's "
         "reward.", examples=METHOD_NAMES)
     loss: str = setting('auto',
-        'Loss: gkd, strict, gold, uld, bpm, cover, escd, xtoken, alm, pg, trust, continuation or '
-        'sft; auto fits the pair and the teacher.', min_length=1)
+        'Loss: gkd, strict, simct, gold, uld, bpm, cover, escd, xtoken, alm, pg, trust, '
+        'continuation or sft; auto fits the pair and the teacher.', min_length=1)
     beta: float = setting(0.,
         'β of the generalised JSD in gkd, gold, bpm, cover and escd: 0 forward KL, 1 reverse KL.',
         'share', ge=0, le=1)
