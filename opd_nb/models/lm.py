@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['SCALES', 'SCALES_OF', 'SOFT_CAPS', 'MERGE_TOLERANCE', 'MERGE_TOLERANCE_OTHERWISE', 'pick_device', 'pick_dtype',
-           'config_value', 'logit_scale', 'head_of', 'read', 'head_matches', 'weights_finite', 'logits_finite',
-           'with_beginning', 'set_template_arguments', 'load_tokenizer', 'load_weights', 'check_model', 'LM',
-           'log_probabilities', 'merge_adapters', 'plain_generation']
+           'config_value', 'logit_scale', 'head_of', 'read', 'head_matches', 'unpacked_part', 'weight_count',
+           'weights_finite', 'logits_finite', 'with_beginning', 'set_template_arguments', 'load_tokenizer',
+           'prepare_packed', 'load_weights', 'check_model', 'LM', 'log_probabilities', 'merge_adapters',
+           'plain_generation']
 
 # %% ../../nbs/03_models/03_lm.ipynb #c003
 import math
@@ -111,13 +112,29 @@ def head_matches(
     return bool((ours - own).abs().max() < tolerance)
 
 # %% ../../nbs/03_models/03_lm.ipynb #c034
+def unpacked_part(
+    weight: torch.Tensor,  # a parameter, perhaps packed by bitsandbytes
+) -> torch.Tensor:         # the scales of a packed one, else itself
+    "What of a weight are numbers as they are."
+    state = getattr(weight, 'quant_state', None)             # of 4 bits
+    scales = state.absmax if state else getattr(weight, 'SCB', None)  # of 8 bits
+    return weight if scales is None else scales
+
+def weight_count(
+    weight: torch.Tensor,  # a parameter, perhaps packed by bitsandbytes, two weights to a byte
+) -> int:
+    "How many weights a parameter has."
+    state = getattr(weight, 'quant_state', None)
+    return math.prod(state.shape) if state else weight.numel()
+
 @torch.no_grad()
 def weights_finite(
     model,      # transformers or peft causal LM
 ) -> bool:
     "Whether all weights are numbers. Attention can hide it: its softmax makes zeros of NaN."
     kinds = torch.float32, torch.float16, torch.bfloat16
-    sums = (p.sum(dtype=torch.float32) for p in model.parameters() if p.dtype in kinds)
+    numbers = (x for x in map(unpacked_part, model.parameters()) if x.dtype in kinds)
+    sums = (x.sum(dtype=torch.float32) for x in numbers)
     return all(bool(total.isfinite()) for total in sums if total.device.type != 'meta')
 
 @torch.no_grad()
@@ -162,6 +179,23 @@ def load_tokenizer(
         tok = AutoTokenizer.from_pretrained(where.path, **where.hub)
     return set_template_arguments(tok, template)
 
+def prepare_packed(
+    model,       # perhaps packed by bitsandbytes
+    source: Source,
+):
+    """Keep 4-bit weights on a CPU readable and trainable; raise `BadInput` if they cannot be.
+
+    bitsandbytes would lay them out anew when they are first read, without a gradient, and unpacks
+    rows wrongly that are not whole blocks."""
+    for module in model.modules():
+        if not hasattr(module, 'support_avx512bf16_for_cpu'): continue
+        module.support_avx512bf16_for_cpu = False
+        state = module.weight.quant_state
+        if module.weight.device.type == 'cpu' and state.shape[-1] % state.blocksize:
+            raise source.error(f'has matrices {state.shape[-1]} wide; of 4 bits on a CPU, '
+                               f'bitsandbytes needs a multiple of {state.blocksize}',
+                               'Use 8 bits, or a GPU.')
+
 def load_weights(
     source: Source,
     dtype: torch.dtype,
@@ -173,6 +207,7 @@ def load_weights(
     has_adapters = model_file(source.path, 'adapter_config.json', source.token, source.revision)
     load = load_adapters if has_adapters else load_whole
     model = load(source, dtype=dtype, **options).eval()
+    prepare_packed(model, source)
     placed = {'device_map', 'quantization_config'} & set(options)
     return model if placed else model.to(device)
 
