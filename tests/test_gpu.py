@@ -187,3 +187,28 @@ def test_a_teacher_in_fewer_bits(prompts, tmp_path, bits):
     if GPU != 'cuda': pytest.skip('bitsandbytes is for GPUs')
     whole, few = (train(config(prompts, tmp_path / str(q), teacher=f"hf:{tiny_folder('teacher')}", teacher_quantize=q, max_steps=1), progress=False).events[0]['teacher_nll'] for q in (None, bits))
     assert 0 < abs(whole - few) < 1  # the same texts, by nearly the same teacher
+
+
+@pytest.mark.parametrize('bits', ['4bit', '8bit'])
+def test_a_student_in_fewer_bits(prompts, tmp_path, bits):
+    "Trained beside the same student in bfloat16: less memory, nearly the same losses, adapters of the base that is whole."
+    pytest.importorskip('bitsandbytes', reason='pip install "opd_nb[quantize]"')
+    if GPU != 'cuda': pytest.skip('tests/training/test_quantized.py does it on a CPU')
+    from opd_nb.models.lm import head_matches
+    from opd_nb.training.setup import load_student
+    student = random_qwen(tmp_path / 's', hidden_size=512, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=8, intermediate_size=2048)
+    kw = dict(student=student, teacher=student, max_steps=2, lora=True, dtype='bfloat16')
+    losses, sizes = {}, {}
+    for q in (None, bits):
+        torch.cuda.empty_cache(); before = torch.cuda.memory_allocated()
+        loaded_student = load_student(config(prompts, tmp_path / f'look-{q}', quantize=q, **kw))
+        sizes[q] = torch.cuda.memory_allocated() - before
+        assert head_matches(loaded_student.model.eval())
+        del loaded_student
+        done = train(config(prompts, tmp_path / str(q), quantize=q, **kw), progress=False)
+        losses[q] = [e['teacher_nll'] for e in done.events if 'teacher_nll' in e]
+    print(sizes, losses)
+    from opd_nb.models.memory import BITSANDBYTES
+    in_layers = 8 * (4 * 512 * 512 + 3 * 512 * 2048)
+    assert sizes[None] - sizes[bits] > .9 * in_layers * (2 - BITSANDBYTES[bits]) and abs(losses[bits][0] - losses[None][0]) < .5
+    assert not hasattr(LM.load(str(done.student), device='cpu').model.config, 'quantization_config')

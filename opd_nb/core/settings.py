@@ -75,6 +75,8 @@ class StudentSettings(BaseModel):
     dtype: StudentDtype = setting('auto',
         'Number format of the student; auto is float32, or with adapters as for the teacher.')
     attention: Attention = setting('auto', 'Attention of the student; 1 means flash_attention_2.')
+    quantize: Literal['4bit', '8bit'] | None = setting(None,
+        "Keep the student's own weights in fewer bits, by bitsandbytes; adapters are trained.")
     revision: str | None = setting(None, 'Branch, tag or commit of the student on the Hub.')
     trust_remote_code: bool = setting(False,
         "Run the Python code that the student's repository brings.")
@@ -207,8 +209,8 @@ class LossSettings(BaseModel):
         "text scored by the teacher; sft, reference text alone; grpo, own text and a verifier's "
         "reward.", examples=METHOD_NAMES)
     loss: str = setting('auto',
-        'Loss: gkd, strict, gold, uld, bpm, cover, escd, xtoken, alm, pg, trust, continuation, '
-        'unlikely or sft; auto fits the pair and the teacher.', min_length=1)
+        'Loss: gkd, strict, simct, gold, uld, bpm, cover, escd, xtoken, alm, pg, trust, '
+        'continuation, unlikely or sft; auto fits the pair and the teacher.', min_length=1)
     beta: float = setting(0.,
         'β of the generalised JSD in gkd, gold, bpm, cover and escd: 0 forward KL, 1 reverse KL.',
         'share', ge=0, le=1)
@@ -331,6 +333,14 @@ class Settings(*reversed(TOPICS.values()), BaseSettings):
     def check_method(self):
         known = {*METHOD_NAMES, *Registry.of_kind.get('method', ())}
         if self.method not in known: raise unknown('method', self.method, known)
+        return self
+
+    @model_validator(mode='after')
+    def check_quantize(self):
+        if self.quantize and not self.lora:
+            raise BadInput('quantize', self.quantize,
+                           'makes weights that cannot be trained, and there are no adapters',
+                           'Add --lora, or leave QUANTIZE out.')
         return self
 
     @model_validator(mode='after')

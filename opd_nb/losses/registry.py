@@ -27,6 +27,7 @@ LOSSES = Registry('loss', **{
         byte_prefix='bpm',
         cover='cover',
         subword='escd xtoken',
+        simct='simct',
         likelihood='alm pg trust sft continuation',
         unlikely='unlikely',
     ).items() for name in names.split()})

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map_only
 from ..core.errors import BadInput
 from ..core.config import OPDConfig
 from .outputs import LOSS_BYTES, BLOCK_BYTES
-from .lm import load_config, pick_device, pick_dtype
+from .lm import load_config, pick_device, pick_dtype, weight_count
 
 # %% ../../nbs/03_models/04_memory.ipynb #c006
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Shape:
     keys: int         # key-value heads × their width
     adapted: int = 0  # weights of LoRA adapters, if there are any
     adapters: int = 0 # summed input widths of the modules that get one, over all layers
+    packable: int = 0 # weights of matrices that `quantize` packs: all but embedding and head
 
 # %% ../../nbs/03_models/04_memory.ipynb #s001
 def adapter_targets(
@@ -59,12 +60,15 @@ def shape(
         head_width = getattr(text, 'head_dim', None) or text.hidden_size // n_heads
         key_heads = getattr(text, 'num_key_value_heads', None) or n_heads
         inner = getattr(text, 'intermediate_size', None) or 4 * text.hidden_size
-        weights = sum(p.numel() for name, p in model.named_parameters() if 'lora_' not in name)
+        weights = sum(weight_count(p) for name, p in model.named_parameters() if 'lora_' not in name)
+        head = model.get_output_embeddings()
+        packable = sum(weight_count(m.weight) for name, m in model.named_modules()
+                       if isinstance(m, torch.nn.Linear) and m is not head and 'lora_' not in name)
         return Shape(
             weights, text.vocab_size, text.hidden_size, int(inner), text.num_hidden_layers,
             queries=head_width * n_heads, keys=head_width * key_heads,
             adapted=sum(config.lora_r * (m.in_features + m.out_features) for m in targets),
-            adapters=sum(m.in_features for m in targets))
+            adapters=sum(m.in_features for m in targets), packable=packable)
     except (AttributeError, TypeError, RuntimeError):
         raise BadInput('model', model.config.model_type,
                        'has layers whose memory is not known here: they differ, or have no heads',
@@ -145,8 +149,10 @@ def fixed_bytes(
     "What is there all the time."
     n_trained = student.adapted if config.lora else student.weights
     gradients = n_trained * (4 if config.lora else student_size)
+    packed = student.packable if config.quantize else 0
+    kept = (student.weights - packed) * student_size + packed * BITSANDBYTES.get(config.quantize, 0)
     out = {
-        "student's weights": student.weights * student_size + student.adapted * 4,
+        "student's weights": kept + student.adapted * 4,
         'gradients': gradients,
         'optimizer': gradients * (1 if config.optimizer == 'muon' else 2),
     }
@@ -295,6 +301,7 @@ def estimate(
     signals = signal_bytes(student, teacher, load, size, teacher_size)
     n_written = generation_batch_size(config, student, load.rows, prompt, device)
     copy = {'weights in bfloat16': product * student.weights} if product < size else {}
+    if config.quantize: copy |= {'a matrix unpacked': product * student.hidden * student.inner}
 
     writing = generation_bytes(student, size, min(n_rollouts, n_written), prompt, load.new) | copy
     asking = {}

@@ -6,15 +6,14 @@
 __all__ = ['HFTeacher', 'load_options', 'hf_teacher', 'tiny_teacher']
 
 # %% ../../nbs/06_teachers/02_hf.ipynb #h003
-import importlib.util
-
 import torch
 
 from ..core.errors import BadInput
 from ..core.types import Conversation, FullSignal
 from ..core.config import OPDConfig
-from ..models.lm import LM, read, tiny_folder
+from ..models.lm import LM, pick_device, pick_dtype, read, tiny_folder
 from ..models.outputs import Side
+from ..models.quantize import quantize_options
 from ..models.writing import write
 from ..losses.likelihood import token_logprobs
 from .base import (Capabilities, EncodedRecord, Teacher, decode_completions,
@@ -100,13 +99,8 @@ def load_options(
         trust_remote_code=config.teacher_trust_remote_code,
         attn_implementation=attention)
     if config.teacher_quantize:
-        if not importlib.util.find_spec('bitsandbytes'):
-            raise BadInput('teacher_quantize', config.teacher_quantize,
-                           'needs bitsandbytes, which is not installed',
-                           'Type: pip install bitsandbytes. Or leave TEACHER_QUANTIZE out.')
-        from transformers import BitsAndBytesConfig
-        kind = {f'load_in_{config.teacher_quantize}': True}
-        options['quantization_config'] = BitsAndBytesConfig(**kind)
+        dtype = pick_dtype(config.teacher_dtype, pick_device(config.teacher_device or config.device))
+        options |= quantize_options(config.teacher_quantize, dtype, 'teacher_quantize')
     return {k: v for k, v in options.items() if v is not None}
 
 # %% ../../nbs/06_teachers/02_hf.ipynb #c022

@@ -18,9 +18,10 @@ from ..core.config import OPDConfig
 from ..core.errors import BadInput, unknown
 from ..core.types import Conversation
 from ..models.fsdp import is_sharded
-from ..models.lm import LM, pick_device, read
+from ..models.lm import LM, pick_device, pick_dtype, read
 from ..models.memory import Shape, is_autocast, weight_and_product_bytes
 from ..models.outputs import Side
+from ..models.quantize import quantize_options
 from .base import register_teacher, secret_value
 from .hf import HFTeacher
 
@@ -164,9 +165,10 @@ def check_self(
 
 def _load_alone(config: OPDConfig) -> HFTeacher:
     "The student as it is before a run, as a teacher."
+    dtype = pick_dtype(config.teacher_dtype, pick_device(config.device))
     lm = LM.load(config.student, 'student', config.teacher_dtype, config.device,
                  secret_value(config.hf_token), config.template, config.revision,
-                 config.trust_remote_code)
+                 config.trust_remote_code, **quantize_options(config.quantize, dtype))
     return HFTeacher(lm, config.micro_batch)
 
 @register_teacher('self')

@@ -148,6 +148,7 @@ def memory_remedy(
     "What helps if not even a micro-batch of one fits."
     has_own = models.teacher and models.teacher.weights
     ways = {'--lora': not config.lora,
+            '--quantize 4bit': config.lora and not config.quantize,
             '--gradient-checkpointing': not config.gradient_checkpointing,
             'a lower --max-new-tokens': True,
             '--teacher-quantize 4bit': has_own and not config.teacher_quantize,

@@ -30,9 +30,12 @@ from ..core.folders import choose_folder
 from ..core.text import counted
 from ..core.types import Conversation, PositionChoice, Rollout
 from ..alignment.chat import ChatCodec
-from ..models.lm import LM, merge_adapters
+from ..models.lm import (LM, merge_adapters, model_file, model_path, pick_device, pick_dtype,
+                              weight_count)
+from ..models.memory import hub_token
 from ..models.optim import add_lora, make_optimizers, make_schedule
 from ..models.fsdp import fsdp_requested, shard
+from ..models.quantize import quantize_options
 from ..teachers.base import (as_teacher, describe, is_scored, is_self, is_stored,
                                   load_teacher)
 from ..teachers.context import TeacherContext, in_context, is_told
@@ -110,7 +113,7 @@ def load_student(
     config: OPDConfig,
 ) -> LM:
     "The student, ready to be trained."
-    student = _load_model(config, config.student)
+    student = _load_model(config, config.student, None if _is_adapters(config) else config.quantize)
     if hasattr(student.model, 'merge_and_unload'):
         student = merge_adapters(student)
         student.model.requires_grad_(True)  # until now only its adapters could be trained
@@ -122,14 +125,19 @@ def load_student(
     return student
 
 
-def _load_model(config: OPDConfig, spec: str) -> LM:
+def _is_adapters(config: OPDConfig) -> bool:
+    path, token = model_path(config.student, 'student'), hub_token(config)
+    return model_file(path, 'adapter_config.json', token, config.revision) is not None
+
+
+def _load_model(config: OPDConfig, spec: str, bits: str | None) -> LM:
     options = dict(attn_implementation=None if config.attention == 'auto' else config.attention,
                    revision=config.revision, trust_remote_code=config.trust_remote_code)
     given = {k: v for k, v in options.items() if v is not None}
     all_weights = config.dtype == 'auto' and not config.lora
     dtype = 'float32' if all_weights else config.dtype  # small steps vanish in bfloat16 weights
-    token = config.hf_token and config.hf_token.get_secret_value()
-    return LM.load(spec, 'student', dtype, config.device, token, config.template, **given)
+    given |= quantize_options(bits, pick_dtype(dtype, pick_device(config.device)))
+    return LM.load(spec, 'student', dtype, config.device, hub_token(config), config.template, **given)
 
 
 def _saved_base(config: OPDConfig, student: LM) -> LM:
@@ -145,7 +153,7 @@ def _saved_base(config: OPDConfig, student: LM) -> LM:
         student.codec.tok.save_pretrained(part)
         move_into_place(part, base)
     state.wait_for_everyone()
-    return _load_model(config, str(base.resolve()))
+    return _load_model(config, str(base.resolve()), config.quantize)
 
 # %% ../../nbs/09_training/07_setup.ipynb #c020
 def compute_dtype(
@@ -335,7 +343,7 @@ def size_text(
     model,       # transformers or peft model
 ) -> str:
     "How many weights a model has, and how many of them are trained."
-    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    sizes = [(weight_count(p), p.requires_grad) for p in model.parameters()]
     n, trained = sum(n for n, _ in sizes), sum(n for n, needed in sizes if needed)
     share = '' if trained in (0, n) else f', {trained / 1e6:,.2f} M of them trained'
     return f'{n / 1e6:,.2f} M weights{share}'
@@ -413,7 +421,7 @@ def pair_warnings(
     teachers = [(f'teacher {p.name}' if several else 'teacher', p.teacher) for p in run.pairs]
     for who, teacher in teachers:
         lm = getattr(teacher, 'lm', None)
-        sizes = [sum(p.numel() for p in m.model.parameters()) for m in (run.student, lm) if m]
+        sizes = [sum(map(weight_count, m.model.parameters())) for m in (run.student, lm) if m]
         if len(sizes) == 2 and sizes[0] > sizes[1]:
             found.append(f'The student is larger than its {who} ({sizes[0] / 1e6:,.2f} M weights, '
                          f'{sizes[1] / 1e6:,.2f} M): were the two exchanged?')
