@@ -28,8 +28,7 @@ LOSSES = Registry('loss', **{
         cover='cover',
         subword='escd xtoken',
         simct='simct',
-        likelihood='alm pg trust sft continuation',
-        unlikely='unlikely',
+        likelihood='alm pg trust sft continuation unlikely',
     ).items() for name in names.split()})
 
 # %% ../../nbs/04_losses/03_registry.ipynb #c041

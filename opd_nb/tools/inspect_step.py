@@ -5,11 +5,9 @@
 # %% auto #0
 __all__ = ['Models', 'load_pair', 'bytes_by_token', 'readable', 'chunk_table', 'describe_chunks', 'top_token', 'Step',
            'in_columns', 'loss_of', 'LossAndGradient', 'loss_and_gradient', 'check_loss_gradient', 'distil_once',
-           'sample_or_stored', 'look_up', 'render_prompt', 'choose_prompt', 'longest_prompt', 'context_lines', 'Round',
-           'probe_round', 'is_hosted', 'RolloutCost', 'probe', 'price_of_one', 'duration']
+           'sample_or_stored', 'look_up', 'render_prompt', 'choose_prompt', 'longest_prompt', 'context_lines']
 
 # %% ../../nbs/11_tools/02_inspect_step.ipynb #c003
-import time
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -33,7 +31,7 @@ from ..training.batch import (align_each, by_teacher, continue_rollout, distilla
                                    has_same_ids, long_for_teacher, read_and_align, reads_own_ids,
                                    score)
 from ..training.pairs import Pair, make_pairs, pair_of
-from ..training.methods import sampling_batch_size, weighted_means
+from ..training.methods import weighted_means
 from ..training.setup import NOTHING_TOLD, compute_dtype, load_student
 from .machine import Line
 
@@ -364,92 +362,3 @@ def context_lines(
         return [Line('ok', 'context', text)]
     return [Line('warning', 'context', f'{text}; in {len(short)} of {len(prompts)} prompts fewer '
                  f'than {config.max_new_tokens} are left for a completion', remedy)]
-
-# %% ../../nbs/11_tools/02_inspect_step.ipynb #w004
-@dataclass(frozen=True)
-class Round:
-    "Some rollouts, sampled and trained on without a step."
-    prompts: list[Conversation]
-    rollouts: list[Rollout]
-    sampling: float             # seconds for all of them
-    training: float             # seconds for those that were scored and trained on
-    metrics: dict[str, float]   # see `agreement_metrics`; empty for a hosted teacher
-
-
-def probe_round(
-    models: Models,
-    prompts: list[Conversation],
-    n_trained: int,   # rollouts that are scored and trained on
-    n_sampled: int,   # rollouts that are sampled, at a time
-) -> Round:
-    "Sample, score and train, with the clock running. A hosted teacher scores nothing."
-    c = models.config
-    asked = (prompts * n_sampled)[:n_sampled]
-    start = time.perf_counter()
-    rollouts = sample_or_stored(models, asked, c.seed, n_sampled)
-    sampled, found = time.perf_counter(), []
-    for teacher, rows in by_teacher(models.teacher, [r for r in rollouts[:n_trained] if r.ids]):
-        if is_hosted(teacher) or not rows: continue
-        pair = pair_of(models.pairs, teacher)
-        scored = score(teacher, rows, reads_own_ids(teacher, models.student.codec, pair.vocab))
-        metrics = loss_and_gradient(models, pair, scored.rollouts, scored.signals).metrics
-        found.append((metrics.get('compared', 0), metrics))
-    seconds = time.perf_counter() - sampled
-    return Round(asked, rollouts, sampled - start, seconds, weighted_means(found))
-
-
-def is_hosted(teacher) -> bool: return as_teacher(teacher).hosted
-
-
-@dataclass(frozen=True)
-class RolloutCost:
-    "What a rollout takes."
-    rollouts: int             # that were measured
-    sampling: float           # seconds for one
-    training: float           # seconds to score one and train on it
-    tokens: float             # in one
-    truncated: float          # share that reached the limit on length
-    dollars: float | None     # for one; None if the price is unknown
-    metrics: dict[str, float] # see `agreement_metrics`
-
-
-def probe(
-    models: Models,
-    prompts: list[Conversation],
-) -> RolloutCost:
-    "Measure a few rollouts, without a step."
-    c, on_cpu = models.config, models.student.device.type == 'cpu'
-    per_step = c.batch * c.num_generations
-    whole = min(per_step, c.micro_batch)
-    some = min(whole, 8)
-    at_once = min(per_step, sampling_batch_size(models.student, c, c.micro_batch, prompts))
-    for n_trained, n_sampled in ((1, 1), (some, some), (whole, at_once)):  # the first is to warm up
-        r = probe_round(models, prompts, n_trained, n_sampled)
-        sampling = r.sampling
-        if on_cpu: sampling *= at_once / n_sampled  # a GPU samples many as fast as few
-        training = r.training / n_trained
-        if n_trained > 1 and sampling + training * whole > 10: break
-    models.student.model.zero_grad()
-    tokens = sum(len(x.ids) for x in r.rollouts) / n_sampled
-    truncated = sum(not x.stopped for x in r.rollouts) / n_sampled
-    return RolloutCost(n_sampled, sampling / at_once, training, tokens, truncated,
-                 price_of_one(models.teacher, r), r.metrics)
-
-
-def price_of_one(
-    teacher,    # see `load_teacher`
-    r: Round,
-) -> float | None:   # dollars; None if the price is unknown
-    "What scoring one of these rollouts costs."
-    if not is_hosted(teacher): return 0.
-    bill = teacher.estimate(r.prompts, [(x.data, x.stopped) for x in r.rollouts])
-    if bill is None: return 0.  # those of several teachers that were asked run here
-    return None if bill.dollars is None else bill.dollars / len(r.rollouts)
-
-# %% ../../nbs/11_tools/02_inspect_step.ipynb #7d1f0395
-def duration(
-    seconds: float,
-) -> str:
-    "Seconds, minutes, hours or days, whichever is readable."
-    units = ((86400, 'days'), (3600, 'hours'), (60, 'minutes'), (1, 'seconds'))
-    return next(f'{seconds / n:.1f} {unit}' for n, unit in units if seconds >= n or n == 1)
