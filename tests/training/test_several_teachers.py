@@ -1,5 +1,6 @@
 "Three teachers of one student that have little in common: other tokens and whole distributions, the student's tokens, top-k lists from a file."
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,13 +10,13 @@ from servers import contract_server
 from test_interruptions import launch
 from opd_nb.core.config import OPDConfig
 from opd_nb.core.errors import BadInput
-from opd_nb.core.types import Conversation
+from opd_nb.core.types import Conversation, ScoreSignal
 from opd_nb.data.agreement import topk_overlap, validate
 from opd_nb.data.formats import save_conversations
 from opd_nb.lab import countdown
 from opd_nb.models.lm import LM, tiny_folder
 from opd_nb.monitor.run_log import read_log
-from opd_nb.teachers.base import load_teacher
+from opd_nb.teachers.base import Capabilities, load_teacher
 from opd_nb.teachers.mixture import Mixture
 from opd_nb.tools.doctor import examine
 from opd_nb.tools.export_gguf import export_gguf
@@ -188,8 +189,8 @@ def test_validation_of_data_asks_the_own_teacher_of_each_record(names, data):
     assert validate(data, both, n=6, student=student, max_new_tokens=8).metrics()['records'] == 6
 
 
-def test_one_writes_and_one_judges_beside_one_that_scores(data, tmp_path):
-    "A teacher without logprobs and a judge have losses of their own, too."
+def test_one_that_only_writes_beside_one_that_scores(data, tmp_path):
+    "A teacher without logprobs continues the texts of its prompts."
     with contract_server('tiny:teacher', can=('chat', 'prefill')) as url:
         def at(mode, **kw): return load_teacher(f'api:{url}', OPDConfig(_env_file=None, teacher_cache=tmp_path / mode, teacher_mode=mode, teacher_tokenizer=str(tiny_folder('teacher')), **kw))
         several = Mixture([load_teacher('tiny:'), at('continuation')], [1, 1], ['scores', 'writes'])
@@ -197,6 +198,32 @@ def test_one_writes_and_one_judges_beside_one_that_scores(data, tmp_path):
         assert [p.objective for p in run.pairs] == ['cover', 'continuation']
         event = train_step(run)
     assert event['loss_continuation'] > 0 and event['loss_cover'] > 0 and event['skipped'] == 0
+
+
+class Rule:
+    "A judge that likes short completions."
+    codec, capabilities = None, Capabilities(frozenset({'score'}), generates=False, tokenizer='')
+    def score(self, conversations, completions): return [ScoreSignal((), (), None, score=1 / (1 + len(data))) for data, _ in completions]
+    def generate(self, conversations, max_new_tokens=128): raise NotImplementedError
+
+
+@pytest.mark.parametrize('micro_batch', [1, 64])
+def test_a_judge_beside_a_teacher_with_logprobs(data, tmp_path, micro_batch):
+    "Both are trained by pg, with advantages of their own: two objectives. The completions of a prompt stay together, however small the micro-batch."
+    tiny = load_teacher('tiny:')
+    tiny.capabilities = replace(tiny.capabilities, access=frozenset({'logprob'}))
+    kw = dict(num_generations=4, batch=4, micro_batch=micro_batch)
+    run = prepare(config(data, tmp_path, 'tiny:', **kw), Mixture([tiny, Rule()], [1, 1], ['logprobs', 'judge']))
+    assert [(p.objective, p.loss.name) for p in run.pairs] == [('pg', 'pg'), ('judge', 'pg')] and run.pairs[1].vocab is None
+    terms = step_terms(run, 0)
+    assert [t.objective for t in terms] == ['pg', 'judge'] and sum(t.factor for t in terms) == 1
+    for term, teacher in zip(terms, (tiny, Rule())):
+        ours, mine = distilled(run, term.rollouts)
+        theirs, its = distilled(prepare(config(data, tmp_path, 'tiny:', **kw | dict(micro_batch=64)), teacher), term.rollouts)
+        assert abs(ours.loss - theirs.loss) < 1e-6 and mine.norm() > 1e-3
+        torch.testing.assert_close(mine, its, atol=1e-5, rtol=1e-4)
+    event = train_step(run)
+    assert event['objective'] == 'pg, judge' and 0 < event['mark'] < 1 and {'loss_pg', 'loss_judge'} <= set(event)
 
 
 @slow
