@@ -68,6 +68,24 @@ def test_a_packed_student(prompts, tmp_path, bits):
 
 
 @packed
+@pytest.mark.parametrize('bits', ['4bit', '8bit'])
+def test_gradients_after_writing(prompts, tmp_path, bits):
+    "A student that was read without a gradient has nearly the gradient it has under whole weights."
+    found = {}
+    for q in (None, bits):
+        student = load_student(config(prompts, tmp_path, quantize=q, lora_dropout=0.))
+        torch.manual_seed(0)
+        trained = [p for _, p in sorted(student.model.named_parameters()) if p.requires_grad]
+        with torch.no_grad():
+            for p in trained: p.copy_(torch.randn(p.shape) * .02)
+        spelled(student)
+        ids = torch.tensor([student.codec.write(b'7*3=21 21+10=31')[0]])
+        student.model.train()(ids, labels=ids).loss.backward()
+        found[q] = torch.cat([p.grad.flatten() for p in trained])
+    assert torch.nn.functional.cosine_similarity(found[None], found[bits], dim=0) > .95
+
+
+@packed
 def test_blocks_that_are_not_whole_are_refused_on_a_cpu(prompts, tmp_path):
     with pytest.raises(BadInput, match='96 wide.*multiple of 64'): load_student(config(prompts, tmp_path, student='tiny:student'))
     load_student(config(prompts, tmp_path, student='tiny:student', quantize='8bit'))
