@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from opd_nb.alignment.vocab import VocabMap
 from opd_nb.cli.app import main
 from opd_nb.core.config import OPDConfig
 from opd_nb.core.errors import BadInput
@@ -107,7 +108,7 @@ def test_a_vocabulary_of_ones_own_is_read_as_it_was_written(tmp_path):
     assert any(tuple(codec.write(t.data, t.stopped)[0]) != t.ids for t in done.file.texts), 'all are spelled as the tokenizer would'
     assert all(t.signal.ids == t.ids for t in done.file.texts)
     run, event = first_step(training(tmp_path / 'same.safetensors', tmp_path / 'run', student='tiny:teacher', loss='strict'))
-    assert run.vocab.identical and event['scored'] == 8 and event['coverage'] == 1
+    assert VocabMap.build(run.student.codec, run.teacher.codec).identical and event['scored'] == 8 and event['coverage'] == 1
 
 
 def test_a_killed_scoring_goes_on(folder, tmp_path, capsys):
