@@ -367,5 +367,6 @@ def rollout_function(
 ) -> Callable[..., list[Rollout]]:  # with the signature of `rollout`
     "What samples the rollouts of a run: this process, or a vLLM server."
     by_entropy = PositionChoice.parse(config.positions).rule == 'entropy'
-    if config.rollouts == 'here': return partial(rollout, keep_entropies=by_entropy)
+    if config.rollouts == 'here':
+        return partial(rollout, keep_entropies=True) if by_entropy else rollout
     return VLLMRollouts(config.rollouts, config.output_dir, config.sync_every)

@@ -190,6 +190,27 @@ def test_teachers_in_small(tmp_path):
     assert all(abs(a - b) < 1e-3 * b for a, b in zip(others[0], first)) and all(abs(a - b) < .3 * b for a, b in zip(others[1], first))
 
 
+def test_context_in_small(tmp_path):
+    "The embedded student, a rule and three steps: every part runs, and a second run finds what the first one wrote."
+    small = dict(fast=True, n_choose=4, n_eval=6, n_train=20, max_steps=3, batch=2, max_new_tokens=12)
+    words = [w for k, v in small.items() for w in ('-p', k, str(v))]
+    done = papermill(tmp_path, *words, notebook='context')
+    assert done.returncode == 0, done.stderr[-2000:]
+    m = json.loads((tmp_path / 'metrics.json').read_text())
+    assert m['steps'] == 3 and {'before', 'after', 'told the rule'} == set(m['result']) and set(m['by_rule']) == {'list', 'letter', 'capitals', 'short'}
+    assert len(json.loads((tmp_path / 'completions-after.json').read_text())['completions']) == 6
+
+
+@slow
+def test_positions_in_small(tmp_path):
+    small = dict(budget=2, seeds=1, n_eval=10, repeats=1)
+    done = papermill(tmp_path, *(w for k, v in small.items() for w in ('-p', k, str(v))), notebook='positions')
+    assert done.returncode == 0, done.stderr[-2000:]
+    runs = json.loads((tmp_path / 'metrics.json').read_text())['runs']
+    by_arm = {r['arm']: r['trained'] / r['steps'] for r in runs}
+    assert len(runs) == 6 and by_arm['first:0.3'] < by_arm['entropy:0.5'] < by_arm['all']
+
+
 @slow
 def test_loops_side_by_side_in_small(tmp_path):
     "Our loop and TRL's for two seconds each: the figures mean nothing, but all sides ran, and what TRL refuses it still refuses."
