@@ -11,6 +11,7 @@ __all__ = ['SCALES', 'SCALES_OF', 'SOFT_CAPS', 'MERGE_TOLERANCE', 'MERGE_TOLERAN
 
 # %% ../../nbs/03_models/03_lm.ipynb #c003
 import math
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -82,6 +83,8 @@ def read(
     model,                         # transformers or peft causal LM
     prompts: list[list[int]],      # token ids of each prompt
     completions: list[list[int]],  # token ids of each completion
+    body: Callable | None = None,  # ids [B, L] -> hidden states [B, L - 1 or more, d]; the model's
+                                   # own, if not set
 ) -> Side:                         # positions of all completions, rows concatenated
     "Hidden states that predict each completion token. Gradients flow if they are on."
     inner, head = base_model(model), head_of(model)
@@ -89,9 +92,11 @@ def read(
     rows = [[*prompt, *completion] for prompt, completion in zip(prompts, completions)]
     width = max(map(len, rows))
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
-    body = getattr(inner, inner.base_model_prefix)
+    def own_body(ids):
+        own = getattr(inner, inner.base_model_prefix)
+        return own(input_ids=ids, use_cache=False).last_hidden_state
     # a model spread over devices may end on another than its head
-    hidden = body(input_ids=ids, use_cache=False).last_hidden_state.to(device)
+    hidden = (body or own_body)(ids).to(device)
     kept = [(b, len(prompt) + i) for b, (prompt, completion) in enumerate(zip(prompts, completions))
             for i in range(len(completion))]
     b, i = torch.tensor(kept, dtype=torch.long, device=device).reshape(-1, 2).unbind(1)

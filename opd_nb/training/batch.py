@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['log', 'REASONS_SAID', 'WeightedMetrics', 'PER_POSITION', 'Scored', 'reason_of', 'say_left_out', 'reads_own_ids',
            'score', 'long_for_teacher', 'warn_of_teachers_context', 'warn_if_told_much', 'by_teacher',
-           'continue_rollout', 'read_rollouts', 'AlignedBatch', 'read_and_align', 'has_same_ids', 'align_each',
-           'comparison_metrics', 'distillation_loss', 'judge_advantages', 'judged_loss', 'fault_of', 'micro_batches']
+           'continue_rollout', 'read_rollouts', 'AlignedBatch', 'read_and_align', 'as_continued', 'align_sides',
+           'has_same_ids', 'align_each', 'comparison_metrics', 'distillation_loss', 'judge_advantages', 'judged_loss',
+           'fault_of', 'micro_batches']
 
 # %% ../../nbs/09_training/03_batch.ipynb #c003
 import logging
@@ -188,10 +189,12 @@ def read_rollouts(
     student: LM,
     rollouts: list[Rollout],
     compute_dtype: torch.dtype | None = None, # of products; that of the weights, if not set
+    body: Callable | None = None,             # see `read`
 ) -> Side:
     "The student's hidden states at each token of these completions, laid end to end."
     with torch.autocast(student.device.type, compute_dtype, enabled=compute_dtype is not None):
-        side = read(student.model, [r.prompt_ids for r in rollouts], [r.ids for r in rollouts])
+        prompts, completions = [r.prompt_ids for r in rollouts], [r.ids for r in rollouts]
+        side = read(student.model, prompts, completions, body)
     if all(r.logprobs for r in rollouts):
         logprobs = torch.tensor([x for r in rollouts for x in r.logprobs], device=side.ids.device)
         side = replace(side, logprobs=logprobs)
@@ -229,9 +232,28 @@ def read_and_align(
     compute_dtype: torch.dtype | None = None, # see `read_rollouts`
 ) -> AlignedBatch:
     "The student reads the completions, and its positions are aligned with the teacher's."
-    if isinstance(signals[0], TextSignal):
-        rollouts = [continue_rollout(student.codec, r, s) for r, s in zip(rollouts, signals)]
+    rollouts = as_continued(student.codec, rollouts, signals)
     side = read_rollouts(student, rollouts, compute_dtype)
+    return align_sides(rollouts, signals, side, vocab)
+
+
+def as_continued(
+    codec: ChatCodec,         # the student's
+    rollouts: list[Rollout],
+    signals: list[Signal],    # one for each
+) -> list[Rollout]:
+    "The rollouts as they are read: continued by the teacher, if it generates."
+    return [continue_rollout(codec, r, s) if isinstance(s, TextSignal) else r
+            for r, s in zip(rollouts, signals)]
+
+
+def align_sides(
+    rollouts: list[Rollout],  # as they were read
+    signals: list[Signal],    # one for each, of one teacher
+    side: Side,               # the student's, of these rollouts
+    vocab: VocabMap | None,   # of the pair
+) -> AlignedBatch:
+    "Positions that the student has read, aligned with its teacher's."
     student_ends = [r.ends for r in rollouts]
     if isinstance(signals[0], ScoreSignal):
         teacher = replace(side, logprobs=torch.zeros(len(side.ids), device=side.ids.device))

@@ -93,11 +93,11 @@ def test_public_names():
 def beside_the_public_api(cells):
     "What these cells import of the package that is not promised to stay; the game of the laboratory may be used."
     import opd_nb
-    names = {m for m in imported(cells) if m and m.split('.')[0] == 'opd_nb'}
-    return sorted(m for m in names if m != 'opd_nb' and not m.startswith('opd_nb.lab') and m.removeprefix('opd_nb.') not in opd_nb.PUBLIC)
+    names, shortcuts = {m for m in imported(cells) if m and m.split('.')[0] == 'opd_nb'}, tuple(f'opd_nb.{name}' for name in opd_nb.SHORTCUTS)
+    return sorted(m for m in names if m != 'opd_nb' and not m.startswith('opd_nb.lab') and not m.startswith(shortcuts) and m.removeprefix('opd_nb.') not in opd_nb.PUBLIC)
 
 
-@pytest.mark.parametrize('name', 'quickstart distill synthesize teachers evaluate validate'.split())
+@pytest.mark.parametrize('name', 'quickstart distill synthesize teachers evaluate validate trl'.split())
 def test_run_notebooks_use_the_public_api(name):
     cells = json.loads((ROOT / 'nbs' / 'runs' / f'{name}.ipynb').read_text(encoding='utf-8'))['cells']
     assert not beside_the_public_api(''.join(c['source']) for c in cells if c['cell_type'] == 'code')
@@ -154,6 +154,15 @@ def test_distil_rows_is_called_as_before():
     out, metrics = distil_rows(lm, teacher, vocab, loss_for('bpm', vocab, teacher), rollouts, 'none', -float('inf'))
     out.total.backward()
     assert out.weight > 0 and torch.isfinite(out.total) and {'teacher_nll', 'dropped', 'overlap'} <= {name for _, named in metrics for name in named}
+
+
+def test_a_shortcut_is_the_module():
+    "By the name of another library; nothing is said, since the name is to stay."
+    import opd_nb
+    lines = [f'from opd_nb import {short}\nimport opd_nb.{short}\nfrom opd_nb.{short} import *\nfrom opd_nb import {place.partition(".")[0]}\nimport opd_nb.{place} as it\nassert all(getattr({short}, x) is getattr(it, x) for x in it.__all__)' for short, place in opd_nb.SHORTCUTS.items()]
+    done = subprocess.run([sys.executable, '-W', 'error::DeprecationWarning:__main__', '-c', '\n'.join(lines)], capture_output=True, text=True)
+    assert done.returncode == 0 and 'opd_nb' not in done.stderr, done.stderr[-2000:]
+    assert not {*opd_nb.SHORTCUTS} & {*opd_nb.MOVED, *opd_nb.PUBLIC}
 
 
 def test_the_table_of_old_names_is_complete():

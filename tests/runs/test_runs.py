@@ -240,3 +240,14 @@ def test_spelling_in_small(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     m = json.loads((tmp_path / 'metrics.json').read_text())
     assert [p['step'] for p in m['marks']['cover@1e-3']] == [0, 2, 4] and m['marks']['bpm@1e-4'][1]['teacher_nll'] > 0
+
+
+def test_trl_in_small(tmp_path):
+    "Three steps in each loop: the figures mean nothing, but both ran on the same loss, and all of them are there."
+    pytest.importorskip('trl', reason='pip install opd_nb[trl]')
+    small = dict(max_steps=3, batch=4, n_train=40, n_eval=20, max_new_tokens=8)
+    done = papermill(tmp_path, *(w for k, v in small.items() for w in ('-p', k, str(v))), notebook='trl')
+    assert done.returncode == 0, done.stderr[-2000:]
+    m = json.loads((tmp_path / 'metrics.json').read_text())
+    assert m['loss'] == 'cover' and all(m['last_loss'][who] > 0 for who in ('trl', 'ours')) and {'before', 'after_TRL', 'after_ours'} <= set(m)
+    assert (tmp_path / 'curves.png').exists() and (tmp_path / 'trl' / 'final' / 'model.safetensors').exists()
