@@ -8,7 +8,7 @@ __all__ = ['MAX_PLACES', 'spelled', 'Wrapping', 'between', 'around', 'wrapping_o
            'StudentIds', 'marginal_rows', 'chunk_credit', 'Translated', 'empty_translation', 'fill_in', 'Pair',
            'translate', 'Translator']
 
-# %% ../../nbs/13_engines/02_translate.ipynb #c1817338
+# %% ../../nbs/13_engines/02_translate.ipynb #ba12ffa9
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ from ..models.outputs import Side, TopKSide, teacher_side
 from ..teachers.base import as_teacher
 from ..training.batch import align_each, has_same_ids, reads_own_ids
 
-# %% ../../nbs/13_engines/02_translate.ipynb #e26dcbd6
+# %% ../../nbs/13_engines/02_translate.ipynb #f977c1f9
 def spelled(
     codec: ChatCodec,     # the student's
     ids: Sequence[int],   # token ids
@@ -41,7 +41,7 @@ def spelled(
     "What each id spells; a special token spells its name."
     return [name_of(codec.bytes, i) for i in ids]
 
-# %% ../../nbs/13_engines/02_translate.ipynb #04ce49ac
+# %% ../../nbs/13_engines/02_translate.ipynb #d616d68a
 @dataclass(frozen=True)
 class Wrapping:
     "What a template writes around messages, as its tokens spell it."
@@ -73,7 +73,7 @@ def around(
     except BadInput: return None
     return between(b''.join(spelled(codec, ids)), [word.encode() for word in words])
 
-# %% ../../nbs/13_engines/02_translate.ipynb #b4b1315b
+# %% ../../nbs/13_engines/02_translate.ipynb #c632a5b9
 @lru_cache(8)
 def wrapping_on(
     codec: ChatCodec,  # the student's
@@ -86,7 +86,7 @@ def wrapping_on(
     system, three = around(codec, 'system', 'user'), around(codec, 'user', 'assistant', 'user')
     return Wrapping(one[0], one[1], system and tuple(system[:2]), three and tuple(three[1:3]))
 
-# %% ../../nbs/13_engines/02_translate.ipynb #cb36aa19
+# %% ../../nbs/13_engines/02_translate.ipynb #b91a5550
 def take_turns(
     body: bytes,         # without what stands before the first message and after the last
     wrapping: Wrapping,
@@ -122,7 +122,7 @@ def possible_messages(
         try: yield [dict(role=role, content=x.decode()) for role, x in [*messages, *turns]]
         except UnicodeDecodeError: continue
 
-# %% ../../nbs/13_engines/02_translate.ipynb #100513ee
+# %% ../../nbs/13_engines/02_translate.ipynb #37ebbe49
 MAX_PLACES = 32   # at which a completion may begin
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ def prompt_of_messages(
                    'Send the messages that the ids were made of, or start the server with the '
                    'template arguments that the student has (--template).')
 
-# %% ../../nbs/13_engines/02_translate.ipynb #bab13d54
+# %% ../../nbs/13_engines/02_translate.ipynb #d6ece396
 @dataclass(frozen=True)
 class Targets:
     "Distributions over student tokens, at some positions."
@@ -206,7 +206,7 @@ class Targets:
     probs: torch.Tensor   # [U, V]
     share: torch.Tensor   # [U] how much of each is known; 0 where there is none
 
-# %% ../../nbs/13_engines/02_translate.ipynb #1093e2a9
+# %% ../../nbs/13_engines/02_translate.ipynb #f0257c06
 def own_rows(
     teacher: Side | TopKSide, # of one vocabulary with the student
     alignment: Alignment,
@@ -291,7 +291,7 @@ def marginal_rows(
         known = known.cpu() & (certain > 1e-6)
         yield Targets(at, student_ids.spread(t, student.ids[at]), certain * known)
 
-# %% ../../nbs/13_engines/02_translate.ipynb #d8faaeae
+# %% ../../nbs/13_engines/02_translate.ipynb #a6e46568
 def chunk_credit(
     ids: torch.Tensor,       # [T] the student's
     alignment: Alignment,    # of one completion
@@ -310,7 +310,7 @@ def chunk_credit(
         out[start:start + n] = said * spelled_out / spelled_out.sum() + FLOOR * no_text
     return out
 
-# %% ../../nbs/13_engines/02_translate.ipynb #86399e12
+# %% ../../nbs/13_engines/02_translate.ipynb #1e8d2d09
 @dataclass(frozen=True)
 class Translated:
     "What a teacher thinks of one completion of T tokens, in the student's ids."
@@ -354,7 +354,7 @@ def fill_in(
     unlisted = at[own[:, 0] <= 0]
     if not dense: out.own[unlisted], out.rank[unlisted] = math.nan, 0
 
-# %% ../../nbs/13_engines/02_translate.ipynb #0694542f
+# %% ../../nbs/13_engines/02_translate.ipynb #5bfb5f05
 @dataclass(frozen=True)
 class Pair:
     "One teacher beside the student."
