@@ -7,7 +7,7 @@ __all__ = ['Results', 'Refusal', 'Message', 'ScoreRequest', 'CompletionsRequest'
            'parse_request', 'numbers', 'Position', 'positions', 'prompt_logprobs', 'details', 'completions_reply',
            'check_all_known', 'sglang_reply', 'generate_reply']
 
-# %% ../../nbs/13_engines/03_dialects.ipynb #7b5a8c18
+# %% ../../nbs/13_engines/03_dialects.ipynb #abcf2a63
 import json
 import math
 import time
@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import (AliasChoices, BaseModel, ConfigDict, Field, StrictInt, ValidationError,
-                      field_validator)
+                      model_validator)
 
 from ..alignment.chat import ChatCodec
 from .translate import Question, Translated
 from ..teachers.base import Unscored
 
-# %% ../../nbs/13_engines/03_dialects.ipynb #2b2cfc6d
+# %% ../../nbs/13_engines/03_dialects.ipynb #a0d2d5f0
 class Refusal(Exception):
     "A request that gets an error for a reply."
     def __init__(self,
@@ -51,13 +51,21 @@ class ScoreRequest(BaseModel):
     messages: list[list[Message]] | None = None
     prompt_tokens: list[int] | None = None
     opd_details: bool = False
+    several: bool = False   # a list of sequences was sent
 
-    @field_validator('sequences', 'messages', 'prompt_tokens', mode='before')
+    @model_validator(mode='before')
     @classmethod
-    def one_or_several(cls, value, info):
-        "A list of lists, also where one sequence was sent alone."
-        if info.field_name == 'prompt_tokens': return [value] if type(value) is int else value
-        return [value] if isinstance(value, list) and not isinstance(next(iter(value), 0), list) else value
+    def one_or_several(cls, fields):
+        "Lists of lists, also where one sequence was sent alone."
+        if not isinstance(fields, dict): return fields
+        fields = dict(fields)
+        for name in ('prompt', 'input_ids', 'token_ids', 'messages'):
+            value = fields.get(name)
+            if not isinstance(value, list) or not value: continue
+            if name != 'messages': fields['several'] = isinstance(value[0], list)
+            if not isinstance(value[0], list): fields[name] = [value]
+        if type(n := fields.get('prompt_tokens')) is int: fields['prompt_tokens'] = [n]
+        return fields
 
     @property
     def k(self) -> int:
@@ -120,7 +128,7 @@ def parse_request(
         where = '.'.join(map(str, first['loc']))
         raise Refusal(400, f"{where or 'The body'}: {first['msg']}.", where or None) from None
 
-# %% ../../nbs/13_engines/03_dialects.ipynb #cf6c9937
+# %% ../../nbs/13_engines/03_dialects.ipynb #dd8bcda4
 def numbers(
     x,      # tensor
 ) -> list[float | None]:
@@ -219,7 +227,7 @@ def sglang_reply(codec, name: str, asked: SGLangRequest, results: Results) -> di
                     completion_tokens=0, cached_tokens=0, input_token_logprobs=pairs,
                     output_token_logprobs=[], opd=details(t, asked), **tops)
         replies.append(dict(text='', output_ids=[], meta_info=info))
-    return replies if len(replies) > 1 else replies[0]
+    return replies if asked.several else replies[0]
 
 def generate_reply(codec, name: str, asked: GenerateRequest, results: Results) -> dict:
     "Of `POST /inference/v1/generate`."

@@ -8,7 +8,7 @@ __all__ = ['MAX_PLACES', 'spelled', 'Wrapping', 'between', 'around', 'wrapping_o
            'StudentIds', 'marginal_rows', 'chunk_credit', 'Translated', 'empty_translation', 'fill_in', 'Pair',
            'translate', 'Translator']
 
-# %% ../../nbs/13_engines/02_translate.ipynb #ba12ffa9
+# %% ../../nbs/13_engines/02_translate.ipynb #9f6b2e62
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ from ..models.outputs import Side, TopKSide, teacher_side
 from ..teachers.base import as_teacher
 from ..training.batch import align_each, has_same_ids, reads_own_ids
 
-# %% ../../nbs/13_engines/02_translate.ipynb #f977c1f9
+# %% ../../nbs/13_engines/02_translate.ipynb #6d09d0dc
 def spelled(
     codec: ChatCodec,     # the student's
     ids: Sequence[int],   # token ids
@@ -41,7 +41,7 @@ def spelled(
     "What each id spells; a special token spells its name."
     return [name_of(codec.bytes, i) for i in ids]
 
-# %% ../../nbs/13_engines/02_translate.ipynb #d616d68a
+# %% ../../nbs/13_engines/02_translate.ipynb #55d9ada9
 @dataclass(frozen=True)
 class Wrapping:
     "What a template writes around messages, as its tokens spell it."
@@ -73,7 +73,7 @@ def around(
     except BadInput: return None
     return between(b''.join(spelled(codec, ids)), [word.encode() for word in words])
 
-# %% ../../nbs/13_engines/02_translate.ipynb #c632a5b9
+# %% ../../nbs/13_engines/02_translate.ipynb #433d5523
 @lru_cache(8)
 def wrapping_on(
     codec: ChatCodec,  # the student's
@@ -86,7 +86,7 @@ def wrapping_on(
     system, three = around(codec, 'system', 'user'), around(codec, 'user', 'assistant', 'user')
     return Wrapping(one[0], one[1], system and tuple(system[:2]), three and tuple(three[1:3]))
 
-# %% ../../nbs/13_engines/02_translate.ipynb #b91a5550
+# %% ../../nbs/13_engines/02_translate.ipynb #3b4ac875
 def take_turns(
     body: bytes,         # without what stands before the first message and after the last
     wrapping: Wrapping,
@@ -122,7 +122,7 @@ def possible_messages(
         try: yield [dict(role=role, content=x.decode()) for role, x in [*messages, *turns]]
         except UnicodeDecodeError: continue
 
-# %% ../../nbs/13_engines/02_translate.ipynb #37ebbe49
+# %% ../../nbs/13_engines/02_translate.ipynb #a8a250d6
 MAX_PLACES = 32   # at which a completion may begin
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ def prompt_of_messages(
                    'Send the messages that the ids were made of, or start the server with the '
                    'template arguments that the student has (--template).')
 
-# %% ../../nbs/13_engines/02_translate.ipynb #d6ece396
+# %% ../../nbs/13_engines/02_translate.ipynb #9e5d7dfc
 @dataclass(frozen=True)
 class Targets:
     "Distributions over student tokens, at some positions."
@@ -206,7 +206,7 @@ class Targets:
     probs: torch.Tensor   # [U, V]
     share: torch.Tensor   # [U] how much of each is known; 0 where there is none
 
-# %% ../../nbs/13_engines/02_translate.ipynb #f0257c06
+# %% ../../nbs/13_engines/02_translate.ipynb #6fb29132
 def own_rows(
     teacher: Side | TopKSide, # of one vocabulary with the student
     alignment: Alignment,
@@ -291,7 +291,7 @@ def marginal_rows(
         known = known.cpu() & (certain > 1e-6)
         yield Targets(at, student_ids.spread(t, student.ids[at]), certain * known)
 
-# %% ../../nbs/13_engines/02_translate.ipynb #a6e46568
+# %% ../../nbs/13_engines/02_translate.ipynb #06d58d32
 def chunk_credit(
     ids: torch.Tensor,       # [T] the student's
     alignment: Alignment,    # of one completion
@@ -310,7 +310,7 @@ def chunk_credit(
         out[start:start + n] = said * spelled_out / spelled_out.sum() + FLOOR * no_text
     return out
 
-# %% ../../nbs/13_engines/02_translate.ipynb #1e8d2d09
+# %% ../../nbs/13_engines/02_translate.ipynb #e33435ea
 @dataclass(frozen=True)
 class Translated:
     "What a teacher thinks of one completion of T tokens, in the student's ids."
@@ -354,7 +354,7 @@ def fill_in(
     unlisted = at[own[:, 0] <= 0]
     if not dense: out.own[unlisted], out.rank[unlisted] = math.nan, 0
 
-# %% ../../nbs/13_engines/02_translate.ipynb #5bfb5f05
+# %% ../../nbs/13_engines/02_translate.ipynb #761d19a3
 @dataclass(frozen=True)
 class Pair:
     "One teacher beside the student."
