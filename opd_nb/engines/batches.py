@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HELP', 'Metrics', 'Limits', 'Job', 'Batches']
 
-# %% ../../nbs/13_engines/04_batches.ipynb #0ffa92c5
+# %% ../../nbs/13_engines/04_batches.ipynb #98165f50
 import asyncio
 import time
 from collections import Counter
@@ -17,7 +17,7 @@ from .dialects import Refusal, Results
 from .translate import Question, Translated, Translator
 from ..teachers.base import Unscored
 
-# %% ../../nbs/13_engines/04_batches.ipynb #1fd7f87b
+# %% ../../nbs/13_engines/04_batches.ipynb #16d12424
 HELP = dict(
     requests='Requests, by path and status.',
     sequences='Sequences that were scored.',

@@ -7,8 +7,7 @@ __all__ = ['Results', 'Refusal', 'Message', 'ScoreRequest', 'CompletionsRequest'
            'parse_request', 'numbers', 'Position', 'positions', 'prompt_logprobs', 'details', 'completions_reply',
            'check_all_known', 'sglang_reply', 'generate_reply']
 
-# %% ../../nbs/13_engines/03_dialects.ipynb #abcf2a63
-import json
+# %% ../../nbs/13_engines/03_dialects.ipynb #c11aa9a2
 import math
 import time
 import uuid
@@ -22,7 +21,7 @@ from ..alignment.chat import ChatCodec
 from .translate import Question, Translated
 from ..teachers.base import Unscored
 
-# %% ../../nbs/13_engines/03_dialects.ipynb #a0d2d5f0
+# %% ../../nbs/13_engines/03_dialects.ipynb #f87a4079
 class Refusal(Exception):
     "A request that gets an error for a reply."
     def __init__(self,
@@ -128,7 +127,7 @@ def parse_request(
         where = '.'.join(map(str, first['loc']))
         raise Refusal(400, f"{where or 'The body'}: {first['msg']}.", where or None) from None
 
-# %% ../../nbs/13_engines/03_dialects.ipynb #dd8bcda4
+# %% ../../nbs/13_engines/03_dialects.ipynb #147f048b
 def numbers(
     x,      # tensor
 ) -> list[float | None]:

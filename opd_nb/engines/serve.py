@@ -6,7 +6,7 @@
 __all__ = ['log', 'has_key', 'error_body', 'Service', 'missing_package', 'make_app', 'listen', 'make_server', 'serving',
            'number_of', 'student_of', 'make_service', 'serve_until_stopped']
 
-# %% ../../nbs/13_engines/05_serve.ipynb #c1738072
+# %% ../../nbs/13_engines/05_serve.ipynb #1b68204f
 import asyncio
 import hmac
 import json
@@ -36,7 +36,7 @@ from ..teachers.context import TeacherContext, in_context
 
 log = logging.getLogger('opd_nb')
 
-# %% ../../nbs/13_engines/05_serve.ipynb #894816f1
+# %% ../../nbs/13_engines/05_serve.ipynb #77150a03
 def has_key(
     authorization: str,  # header
     key: str,
@@ -148,7 +148,7 @@ class Service:
         self.metrics.add('requests', path=request.url.path, status=status)
         return Response(error_body(status, message, param), status, headers, 'application/json')
 
-# %% ../../nbs/13_engines/05_serve.ipynb #06ee96cb
+# %% ../../nbs/13_engines/05_serve.ipynb #647f1db7
 def missing_package() -> BadInput:
     "The error where starlette and uvicorn are not installed."
     return BadInput('opd serve', 'starlette, uvicorn', 'are packages that are not installed',
@@ -197,7 +197,7 @@ def make_app(
               post('/inference/v1/generate', GenerateRequest, generate_reply)]
     return Starlette(routes=routes, lifespan=lifespan, exception_handlers={404: no_route, 405: no_route})
 
-# %% ../../nbs/13_engines/05_serve.ipynb #0b1021a8
+# %% ../../nbs/13_engines/05_serve.ipynb #13fcffcb
 def listen(
     host: str,
     port: int,    # 0 takes a free one
@@ -241,7 +241,7 @@ def serving(
         thread.join(10)
         bound.close()
 
-# %% ../../nbs/13_engines/05_serve.ipynb #52131364
+# %% ../../nbs/13_engines/05_serve.ipynb #5aecf291
 def number_of(
     given: dict[str, str | None],  # flags
     name: str,
@@ -278,6 +278,9 @@ def make_service(
 ) -> Service:
     "Student and teacher of the settings."
     require_teacher(config)
+    if config.teacher_sees == 'reference':
+        raise BadInput('teacher_sees', config.teacher_sees, 'needs reference answers, which '
+                       'requests do not bring', 'Leave it out, or use --teacher-system.')
     codec, context = student_of(config)
     limits = Limits(number_of(given, 'max_waiting', 1024), config.micro_batch,
                     number_of(given, 'max_body_mb', 16) * 2**20,

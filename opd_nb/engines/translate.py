@@ -8,7 +8,7 @@ __all__ = ['MAX_PLACES', 'spelled', 'Wrapping', 'between', 'around', 'wrapping_o
            'StudentIds', 'marginal_rows', 'chunk_credit', 'Translated', 'empty_translation', 'fill_in', 'Pair',
            'translate', 'Translator']
 
-# %% ../../nbs/13_engines/02_translate.ipynb #9f6b2e62
+# %% ../../nbs/13_engines/02_translate.ipynb #e5fad202
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -31,9 +31,10 @@ from ..losses.chunked import Block
 from ..losses.divergences import FLOOR
 from ..models.outputs import Side, TopKSide, teacher_side
 from ..teachers.base import as_teacher
+from ..teachers.mixture import members
 from ..training.batch import align_each, has_same_ids, reads_own_ids
 
-# %% ../../nbs/13_engines/02_translate.ipynb #6d09d0dc
+# %% ../../nbs/13_engines/02_translate.ipynb #fdd06f69
 def spelled(
     codec: ChatCodec,     # the student's
     ids: Sequence[int],   # token ids
@@ -41,7 +42,7 @@ def spelled(
     "What each id spells; a special token spells its name."
     return [name_of(codec.bytes, i) for i in ids]
 
-# %% ../../nbs/13_engines/02_translate.ipynb #55d9ada9
+# %% ../../nbs/13_engines/02_translate.ipynb #9da5dacd
 @dataclass(frozen=True)
 class Wrapping:
     "What a template writes around messages, as its tokens spell it."
@@ -73,7 +74,7 @@ def around(
     except BadInput: return None
     return between(b''.join(spelled(codec, ids)), [word.encode() for word in words])
 
-# %% ../../nbs/13_engines/02_translate.ipynb #433d5523
+# %% ../../nbs/13_engines/02_translate.ipynb #3fe726e6
 @lru_cache(8)
 def wrapping_on(
     codec: ChatCodec,  # the student's
@@ -86,7 +87,7 @@ def wrapping_on(
     system, three = around(codec, 'system', 'user'), around(codec, 'user', 'assistant', 'user')
     return Wrapping(one[0], one[1], system and tuple(system[:2]), three and tuple(three[1:3]))
 
-# %% ../../nbs/13_engines/02_translate.ipynb #3b4ac875
+# %% ../../nbs/13_engines/02_translate.ipynb #965fe2c3
 def take_turns(
     body: bytes,         # without what stands before the first message and after the last
     wrapping: Wrapping,
@@ -122,7 +123,7 @@ def possible_messages(
         try: yield [dict(role=role, content=x.decode()) for role, x in [*messages, *turns]]
         except UnicodeDecodeError: continue
 
-# %% ../../nbs/13_engines/02_translate.ipynb #a8a250d6
+# %% ../../nbs/13_engines/02_translate.ipynb #78d770e9
 MAX_PLACES = 32   # at which a completion may begin
 
 @dataclass(frozen=True)
@@ -198,7 +199,7 @@ def prompt_of_messages(
                    'Send the messages that the ids were made of, or start the server with the '
                    'template arguments that the student has (--template).')
 
-# %% ../../nbs/13_engines/02_translate.ipynb #9e5d7dfc
+# %% ../../nbs/13_engines/02_translate.ipynb #fa5324a6
 @dataclass(frozen=True)
 class Targets:
     "Distributions over student tokens, at some positions."
@@ -206,7 +207,7 @@ class Targets:
     probs: torch.Tensor   # [U, V]
     share: torch.Tensor   # [U] how much of each is known; 0 where there is none
 
-# %% ../../nbs/13_engines/02_translate.ipynb #6fb29132
+# %% ../../nbs/13_engines/02_translate.ipynb #cb3ec247
 def own_rows(
     teacher: Side | TopKSide, # of one vocabulary with the student
     alignment: Alignment,
@@ -267,7 +268,7 @@ class StudentIds:
         return out
 
 def marginal_rows(
-    student: Side,            # its ids only are looked at
+    ids: torch.Tensor,        # [T] the student's
     teacher: Side | TopKSide,
     alignment: Alignment,
     vocab: VocabMap,
@@ -276,22 +277,23 @@ def marginal_rows(
 ) -> Iterator[Targets]:
     "The byte-prefix marginals of a completion."
     px, lists = cached_for_pair(vocab, prefix_map), 'full' not in teacher.access
+    student = Side(torch.zeros(len(ids), 1), ids, None)  # what it thinks is not looked at
     located = locate_sides(student, teacher, alignment, vocab, None, lists)
     units = located.units
     for i in range(0, len(units), size):
         start, n = (x[i:i + size] for x in (units.teacher_start, units.teacher_len))
         rows = slice(int(start.min()), int((start + n).max()))
         at = torch.as_tensor(units.student_start[i:i + size])
-        whole = torch.as_tensor(start - rows.start)
         q = teacher.logp(rows).exp()
-        block = Block(at, torch.ones_like(at), whole.to(q.device), torch.as_tensor(n),
-                      student.ids[at], teacher.ids[rows].to(q.device), None, slice(i, i + len(at)))
+        local = torch.as_tensor(start - rows.start, device=q.device)
+        block = Block(at, torch.ones_like(at), local, torch.as_tensor(n),
+                      ids[at], teacher.ids[rows].to(q.device), None, slice(i, i + len(at)))
         t, known = prefix_targets(q, block, located, px, vocab.stops[1], lists=lists)
         t, certain = (x.cpu() for x in without_open(t, 'drop'))
         known = known.cpu() & (certain > 1e-6)
-        yield Targets(at, student_ids.spread(t, student.ids[at]), certain * known)
+        yield Targets(at, student_ids.spread(t, ids[at]), certain * known)
 
-# %% ../../nbs/13_engines/02_translate.ipynb #06d58d32
+# %% ../../nbs/13_engines/02_translate.ipynb #27189fef
 def chunk_credit(
     ids: torch.Tensor,       # [T] the student's
     alignment: Alignment,    # of one completion
@@ -300,17 +302,17 @@ def chunk_credit(
 ) -> torch.Tensor:           # [T] in nats; NaN where nothing is known
     "The teacher's log-likelihood of each chunk, spread over its student tokens."
     out = torch.full((len(ids),), math.nan, dtype=torch.float64)
-    textless, logprobs = is_textless(ids, vocab).cpu(), logprobs.double().cpu()
-    spans = zip(alignment.student_start, alignment.student_len, alignment.teacher_start,
-                alignment.teacher_len)
-    for start, n, teacher_start, teacher_n in spans:
+    textless, logprobs = is_textless(ids, vocab), logprobs.double().cpu()
+    a = alignment
+    for start, n, teacher_start, teacher_n in zip(a.student_start, a.student_len,
+                                                  a.teacher_start, a.teacher_len):
         said = logprobs[teacher_start:teacher_start + teacher_n].sum()
         no_text = textless[start:start + n].double()
         spelled_out = 1 - no_text if no_text.sum() < n else torch.ones_like(no_text)
         out[start:start + n] = said * spelled_out / spelled_out.sum() + FLOOR * no_text
     return out
 
-# %% ../../nbs/13_engines/02_translate.ipynb #e33435ea
+# %% ../../nbs/13_engines/02_translate.ipynb #6d89f53e
 @dataclass(frozen=True)
 class Translated:
     "What a teacher thinks of one completion of T tokens, in the student's ids."
@@ -347,14 +349,13 @@ def fill_in(
     top = probs.topk(k, dim=-1)
     out.top_ids[at, :k] = top.indices.masked_fill(top.values <= 0, -1)
     out.top_logprobs[at, :k] = top.values.log().to(out.top_logprobs)
-    there = torch.tensor(out.ids)[at]
-    own = probs.gather(1, there[:, None])
+    own = probs.gather(1, torch.tensor(out.ids)[at][:, None])
     out.own[at] = own[:, 0].double().log().clamp(min=FLOOR if dense else -math.inf)
     out.rank[at] = 1 + (probs > own).sum(-1)
     unlisted = at[own[:, 0] <= 0]
     if not dense: out.own[unlisted], out.rank[unlisted] = math.nan, 0
 
-# %% ../../nbs/13_engines/02_translate.ipynb #761d19a3
+# %% ../../nbs/13_engines/02_translate.ipynb #6813aedc
 @dataclass(frozen=True)
 class Pair:
     "One teacher beside the student."
@@ -386,26 +387,28 @@ def translate(
     ids = torch.tensor(r.ids)
     out.credit[:] = chunk_credit(ids, alignment, teacher.logprobs, vocab)
     if k and {'full', 'topk'} & teacher.access:
-        student = Side(torch.zeros(len(ids), 1), ids, None)
-        if pair.ids: found = marginal_rows(student, teacher, alignment, vocab, pair.ids, size)
+        if pair.ids: found = marginal_rows(ids, teacher, alignment, vocab, pair.ids, size)
         else: found = own_rows(teacher, alignment, vocab.tokens[0].width, size)
         for targets in found: fill_in(out, targets, 'full' in teacher.access)
     return out
 
 class Translator:
-    "A teacher, asked in the ids of a student."
+    "A teacher, asked in the ids of a student. `BadInput` for one that scores no tokens."
     def __init__(self,
         student: ChatCodec,
         teacher,             # see `load_teacher`; it has a tokenizer and scores tokens
     ):
         self.student, self.teacher, self.pairs = student, as_teacher(teacher), {}
-        can = self.teacher.capabilities
-        if not {'full', 'topk', 'logprob'} & can.access:
-            raise BadInput('teacher', can.best, 'scores no tokens, so nothing can be translated',
-                           'Take a teacher that gives logprobs; opd doctor says what one gives.')
-        if self.teacher.codec is None:
-            raise BadInput('teacher', can.tokenizer, 'has a tokenizer that is not known',
-                           'Name it with --teacher-tokenizer.')
+        for name, one in members(teacher, 'teacher'):
+            if not {'full', 'topk', 'logprob'} & one.capabilities.access:
+                raise BadInput('teacher', name, 'scores no tokens, so nothing can be translated',
+                               'Take one that gives logprobs; opd doctor says what one gives.')
+            if one.codec is None:
+                raise BadInput('teacher', name, 'has a tokenizer that is not known',
+                               'Name it with --teacher-tokenizer.')
+            self.pair(one)
+        # and so a text without a template
+        self.reads_bare = not any(m.teacher.codec.tok.chat_template for m in members(teacher))
 
     def pair(self,
         teacher,             # one that scores by itself
@@ -419,8 +422,7 @@ class Translator:
         question: Question,
     ) -> Rollout:
         "Prompt and completion in a sequence of ids. `BadInput` if they cannot be told apart."
-        bare_start = not self.teacher.codec.tok.chat_template
-        found, ids = find_prompt(self.student, question, bare_start), tuple(question.ids)
+        found, ids = find_prompt(self.student, question, self.reads_bare), tuple(question.ids)
         data, ends, stopped = self.student.read(list(ids[found.n:]))
         return Rollout(Conversation(tuple(found.messages), dict(bare=found.bare)), ids[:found.n],
                        ids[found.n:], tuple(ends.tolist()), data, stopped)
