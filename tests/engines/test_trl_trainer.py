@@ -381,6 +381,19 @@ def test_a_head_in_parts_is_gathered_and_has_a_gradient():
     finally: dist.destroy_process_group()
 
 
+def test_the_shortcut_is_the_module():
+    "By the name of another library; nothing is said, since the name is to stay."
+    import opd_nb
+    from opd_nb.engines import trl_trainer
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        sys.modules.pop('opd_nb.trl')
+        names = {}
+        exec('import opd_nb.trl as short\nfrom opd_nb.trl import *', names)
+    assert all(names[x] is getattr(names['short'], x) is getattr(trl_trainer, x) for x in trl_trainer.__all__) and opd_nb.trl is names['short']
+    assert not {*opd_nb.SHORTCUTS} & {*opd_nb.MOVED, *opd_nb.PUBLIC}
+
+
 def test_without_trl_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, 'trl', None)
     monkeypatch.delitem(sys.modules, 'opd_nb.engines.trl_trainer')
