@@ -67,6 +67,10 @@ class OPDTrainingConfig(trl.DistillationConfig):
     normalize: str = field(default='tokens', metadata=dict(
         help='What the loss is divided by: tokens of the student, or units that were trained.'))
 
+    def __post_init__(self):
+        if self.bf16 is None and not torch.accelerator.is_available(): self.bf16 = False
+        super().__post_init__()
+
 # %% ../../nbs/13_engines/01_trl_trainer.ipynb #de749c9c
 def check_trl_settings(
     args: OPDTrainingConfig,

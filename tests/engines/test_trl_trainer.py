@@ -117,7 +117,7 @@ def weights_after(trainer, **kw):
     return torch.cat([p.detach().reshape(-1) for p in trainer.model.parameters() if p.requires_grad]).clone()
 
 
-@pytest.mark.parametrize('normalize', ['tokens', 'units'])
+@pytest.mark.parametrize('normalize', ['tokens', pytest.param('units', marks=slow)])
 def test_accumulation_changes_nothing(start, tiny, normalize):
     "8 × 1 and 2 × 4: the same rollouts, so the same step; SGD, whose step is the gradient."
     step = dict(normalize=normalize, max_steps=1, optim='sgd', learning_rate=.1, max_grad_norm=0., loss='strict')
@@ -238,10 +238,9 @@ class As:
 @pytest.mark.parametrize('how, loss', [('lists', 'bpm'), ('numbers', 'pg'), ('text', 'continuation')])
 def test_an_endpoint_is_asked_once_a_generation_batch(start, tiny, how, loss):
     teacher = As(tiny, how)
-    trainer = trainer_for(start, teacher, per_device_train_batch_size=3, gradient_accumulation_steps=2)
+    trainer = trainer_for(start, teacher, per_device_train_batch_size=3, gradient_accumulation_steps=2, max_steps=1)
     trainer.train()
-    assert trainer.pairs[0].loss.name == loss and teacher.asked == [6, 6]
-    assert all(e['grad_norm'] > 0 for e in trainer.state.log_history[:2])
+    assert trainer.pairs[0].loss.name == loss and teacher.asked == [6] and trainer.state.log_history[0]['grad_norm'] > 0
 
 
 def test_whole_distributions_are_asked_for_a_micro_batch_at_a_time(start, tiny):
@@ -323,6 +322,12 @@ def test_positions_are_chosen_in_training_alone(start, tiny, positions):
     with torch.no_grad(): trainer.compute_loss(trainer.model, trainer._generate_and_score_completions([dict(prompt=p) for p in PROMPTS['prompt'][:6]]))
     share = {mode: next(m['units_per_token'] for _, m in seen if 'units_per_token' in m) for mode, seen in trainer._seen.items()}
     assert 0 < share['train'] < .7 * share['eval']
+
+
+def test_a_machine_without_a_gpu_needs_no_settings():
+    if torch.accelerator.is_available(): pytest.skip('there is a GPU')
+    with pytest.raises(ValueError, match='bf16'): trl.DistillationConfig('unused')
+    assert OPDTrainingConfig('unused').bf16 is False
 
 
 def test_a_warmer_sampling_is_possible(start, tiny):
@@ -416,13 +421,13 @@ def test_llama_cpp_and_a_server_teach_alike(start, tiny, tmp_path):
         loss = trainer.compute_loss(trainer.model, batch)
         assert gradients(trainer.model, loss)
         trainer.train()
-        assert trainer.state.log_history[0]['opd/scored'] == 6
+        assert trainer.state.log_history[0]['opd/scored'] == 12  # with those of the batch above
         return loss.item(), all(early)
     wanted, _ = one(tiny)
     loss, early = one(f'gguf:{gguf}', teacher_n_gpu_layers=0)
     assert loss == pytest.approx(wanted, rel=1e-3) and not early
     with llama_server(gguf) as (url, _):
-        loss, early = one(f'api:{url}', teacher_cache=str(tmp_path / 'a'), teacher_tokenizer=tiny_folder('teacher'), teacher_top_k=20)
+        loss, early = one(f'api:{url}', teacher_cache=str(tmp_path / 'a'), teacher_tokenizer=str(tiny_folder('teacher')), teacher_top_k=20)
     assert loss == pytest.approx(wanted, rel=.3) and early
 
 
