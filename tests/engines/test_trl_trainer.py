@@ -117,7 +117,7 @@ def weights_after(trainer, **kw):
     return torch.cat([p.detach().reshape(-1) for p in trainer.model.parameters() if p.requires_grad]).clone()
 
 
-@pytest.mark.parametrize('normalize', ['tokens', 'units'])
+@pytest.mark.parametrize('normalize', ['tokens', pytest.param('units', marks=slow)])
 def test_accumulation_changes_nothing(start, tiny, normalize):
     "8 × 1 and 2 × 4: the same rollouts, so the same step; SGD, whose step is the gradient."
     step = dict(normalize=normalize, max_steps=1, optim='sgd', learning_rate=.1, max_grad_norm=0., loss='strict')
@@ -238,10 +238,9 @@ class As:
 @pytest.mark.parametrize('how, loss', [('lists', 'bpm'), ('numbers', 'pg'), ('text', 'continuation')])
 def test_an_endpoint_is_asked_once_a_generation_batch(start, tiny, how, loss):
     teacher = As(tiny, how)
-    trainer = trainer_for(start, teacher, per_device_train_batch_size=3, gradient_accumulation_steps=2)
+    trainer = trainer_for(start, teacher, per_device_train_batch_size=3, gradient_accumulation_steps=2, max_steps=1)
     trainer.train()
-    assert trainer.pairs[0].loss.name == loss and teacher.asked == [6, 6]
-    assert all(e['grad_norm'] > 0 for e in trainer.state.log_history[:2])
+    assert trainer.pairs[0].loss.name == loss and teacher.asked == [6] and trainer.state.log_history[0]['grad_norm'] > 0
 
 
 def test_whole_distributions_are_asked_for_a_micro_batch_at_a_time(start, tiny):
@@ -325,6 +324,12 @@ def test_positions_are_chosen_in_training_alone(start, tiny, positions):
     assert 0 < share['train'] < .7 * share['eval']
 
 
+def test_a_machine_without_a_gpu_needs_no_settings():
+    if torch.accelerator.is_available(): pytest.skip('there is a GPU')
+    with pytest.raises(ValueError, match='bf16'): trl.DistillationConfig('unused')
+    assert OPDTrainingConfig('unused').bf16 is False
+
+
 def test_a_warmer_sampling_is_possible(start, tiny):
     "The remedy of the refusal works: the sampling has the temperature, the loss has none."
     trainer = trainer_for(start, tiny, generation_kwargs=dict(temperature=.5))
@@ -381,6 +386,19 @@ def test_a_head_in_parts_is_gathered_and_has_a_gradient():
     finally: dist.destroy_process_group()
 
 
+def test_the_shortcut_is_the_module():
+    "By the name of another library; nothing is said, since the name is to stay."
+    import opd_nb
+    from opd_nb.engines import trl_trainer
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        sys.modules.pop('opd_nb.trl')
+        names = {}
+        exec('import opd_nb.trl as short\nfrom opd_nb.trl import *', names)
+    assert all(names[x] is getattr(names['short'], x) is getattr(trl_trainer, x) for x in trl_trainer.__all__) and opd_nb.trl is names['short']
+    assert not {*opd_nb.SHORTCUTS} & {*opd_nb.MOVED, *opd_nb.PUBLIC}
+
+
 def test_without_trl_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, 'trl', None)
     monkeypatch.delitem(sys.modules, 'opd_nb.engines.trl_trainer')
@@ -403,13 +421,13 @@ def test_llama_cpp_and_a_server_teach_alike(start, tiny, tmp_path):
         loss = trainer.compute_loss(trainer.model, batch)
         assert gradients(trainer.model, loss)
         trainer.train()
-        assert trainer.state.log_history[0]['opd/scored'] == 6
+        assert trainer.state.log_history[0]['opd/scored'] == 12  # with those of the batch above
         return loss.item(), all(early)
     wanted, _ = one(tiny)
     loss, early = one(f'gguf:{gguf}', teacher_n_gpu_layers=0)
     assert loss == pytest.approx(wanted, rel=1e-3) and not early
     with llama_server(gguf) as (url, _):
-        loss, early = one(f'api:{url}', teacher_cache=str(tmp_path / 'a'), teacher_tokenizer=tiny_folder('teacher'), teacher_top_k=20)
+        loss, early = one(f'api:{url}', teacher_cache=str(tmp_path / 'a'), teacher_tokenizer=str(tiny_folder('teacher')), teacher_top_k=20)
     assert loss == pytest.approx(wanted, rel=.3) and early
 
 

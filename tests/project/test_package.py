@@ -156,15 +156,6 @@ def test_distil_rows_is_called_as_before():
     assert out.weight > 0 and torch.isfinite(out.total) and {'teacher_nll', 'dropped', 'overlap'} <= {name for _, named in metrics for name in named}
 
 
-def test_a_shortcut_is_the_module():
-    "By the name of another library; nothing is said, since the name is to stay."
-    import opd_nb
-    lines = [f'from opd_nb import {short}\nimport opd_nb.{short}\nfrom opd_nb.{short} import *\nfrom opd_nb import {place.partition(".")[0]}\nimport opd_nb.{place} as it\nassert all(getattr({short}, x) is getattr(it, x) for x in it.__all__)' for short, place in opd_nb.SHORTCUTS.items()]
-    done = subprocess.run([sys.executable, '-W', 'error::DeprecationWarning:__main__', '-c', '\n'.join(lines)], capture_output=True, text=True)
-    assert done.returncode == 0 and 'opd_nb' not in done.stderr, done.stderr[-2000:]
-    assert not {*opd_nb.SHORTCUTS} & {*opd_nb.MOVED, *opd_nb.PUBLIC}
-
-
 def test_the_table_of_old_names_is_complete():
     import opd_nb
     rows = re.findall(r'^\| `(\w+)` \| (.*) \|$', (ROOT / 'CONTRIBUTING.md').read_text(encoding='utf-8'), re.M)
