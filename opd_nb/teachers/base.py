@@ -43,7 +43,7 @@ class Capabilities:
 
     @property
     def losses(self) -> list[str]:
-        "Losses it serves; `sft` needs reference text and no teacher."
+        "Losses it serves; `sft` and `unlikely` need no teacher."
         return losses_served(self.access) if self.access else []
 
 # %% ../../nbs/06_teachers/01_base.ipynb #w003
