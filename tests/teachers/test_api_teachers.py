@@ -429,7 +429,7 @@ def test_llama_cpp_python_echoes_the_wrong_rows(here, tmp_path):
 
 @slow
 def test_transformers_serve_ignores_what_it_accepts(here, tmp_path):
-    pytest.importorskip('uvicorn', reason='pip install transformers[serving]')
+    for name in ('fastapi', 'uvicorn'): pytest.importorskip(name, reason='pip install transformers[serving]')
     folder, command = here.lm.path, str(Path(sys.executable).with_name('transformers'))
     options = '--port {port} --host 127.0.0.1 --device cpu --dtype float32'.split()
     with command_server(command, 'serve', folder, *options) as url:

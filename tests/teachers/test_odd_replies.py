@@ -396,12 +396,16 @@ def test_no_reply_ends_in_anything_but_an_error_of_the_projects_own(seconds, cod
 def test_the_recorded_replies_are_those_of_the_servers(recorded, tmp_path):
     "The same requests, and replies of the same form with the same numbers."
     pytest.importorskip('xllamacpp', reason="llama.cpp's server comes with the dev requirements")
-    def form(x): return {k: form(v) for k, v in x.items()} if isinstance(x, dict) else [form(v) for v in x] if isinstance(x, list) else round(x, 1) + 0. if isinstance(x, float) else x
+    def alike(a, b):
+        "The same, with numbers up to what another processor makes of them."
+        if isinstance(a, dict) and isinstance(b, dict): return a.keys() == b.keys() and all(alike(a[k], b[k]) for k in a)
+        if isinstance(a, list) and isinstance(b, list): return len(a) == len(b) and all(map(alike, a, b))
+        return abs(a - b) < .1 if isinstance(a, float) and isinstance(b, float) else a == b
     now = replies.record(tmp_path)
     for mode in MODES:
         assert now[mode].keys() == recorded[mode].keys()
-        same = sum(form(now[mode][key]) == form(recorded[mode][key]) for key in recorded[mode])
-        assert same > .8 * len(recorded[mode]), mode
+        same = sum(alike(now[mode][key], recorded[mode][key]) for key in recorded[mode])
+        assert same > .7 * len(recorded[mode]), mode  # of two that are nearly as likely, the processor decides which is first
 
 
 @pytest.mark.parametrize('key', ['sk-planted/4f1c+9e==', 'sk planted 4f1c9e'])
