@@ -376,6 +376,10 @@ class Settings(*reversed(TOPICS.values()), BaseSettings):
                            f'chooses where a teacher is compared, and {self.method} has none',
                            'Use --method opd or kd, or --positions all.')
         first = self.first_new_tokens
+        if first is not None and self.method in ('kd', 'sft'):
+            raise BadInput('first_new_tokens', first,
+                           f'is for completions that the student writes, and {self.method} has none',
+                           'Use --method opd, or leave it out.')
         if first is not None and first > self.max_new_tokens:
             raise BadInput('first_new_tokens', first,
                            f'is more than the longest rollout ({self.max_new_tokens})',
