@@ -337,7 +337,8 @@ def load_judge(
     return judge(load_teacher(spec, config.model_copy(update=dict(teacher_mode='sequence'))))
 
 # %% ../../nbs/10_eval/05_tasks.ipynb #c028
-TASKS = Registry('task', countdown='opd_nb.lab.plugin:countdown_task')
+TASKS = Registry('task', countdown='opd_nb.lab.plugin:countdown_task',
+                 ifeval_local='opd_nb.eval.instructions:ifeval_task')
 
 def register_task(
     name: str,   # as on the command line
