@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BAR', 'notebook_folder', 'sections', 'announcing_engine', 'without_bars', 'tidy_outputs', 'relink',
            'without_front_matter', 'tidy_notebook', 'copy_notebook', 'copy_notebooks', 'run_notebook', 'parse_literal',
-           'parse_parameter', 'demo_plan', 'quickstart_parameters', 'demo_parameters', 'processor', 'run_facts',
+           'parse_parameter', 'demo_plan', 'parameters_of', 'flag_parameters', 'processor', 'run_facts',
            'settings_html']
 
 # %% ../../nbs/14_cli/02_notebooks.ipynb #c003
@@ -256,20 +256,24 @@ def demo_plan(
     return '\n'.join(lines)
 
 # %% ../../nbs/14_cli/02_notebooks.ipynb #b1f1d01e
-def quickstart_parameters() -> dict[str, dict]:
-    "Parameters of the quickstart notebook, as papermill finds them."
+def parameters_of(
+    notebook: str,      # its name, without ending
+) -> dict[str, dict]:
+    "Parameters of a run notebook, as papermill finds them."
     import papermill
-    return papermill.inspect_notebook(str(notebook_folder() / 'quickstart.ipynb'))
+    return papermill.inspect_notebook(str(notebook_folder() / f'{notebook}.ipynb'))
 
 
-def demo_parameters(
-    argv: list[str],    # words after `opd demo`
+def flag_parameters(
+    command: str,       # that runs the notebook, such as 'demo'
+    notebook: str,      # its name, such as 'quickstart'
+    argv: list[str],    # words after the command
 ) -> dict[str, object]: # parameter -> value, of those that were given
-    "Parameters of the quickstart notebook, from flags."
+    "Parameters of a run notebook, from flags."
     from opd_nb.core.flags import Flags
-    parameters = quickstart_parameters()
-    flags = Flags('opd demo', summary('demo'),
-                  usage='opd demo [parameters of the notebook quickstart]')
+    parameters = parameters_of(notebook)
+    flags = Flags(f'opd {command}', summary(command),
+                  usage=f'opd {command} [parameters of the notebook {notebook}]')
     for p in parameters.values():
         about = f"{(p['help'] or '').strip()} [default {p['default']}]".replace('%', '%%')
         flags.add_argument('--' + p['name'].replace('_', '-'), metavar='VALUE', help=about)
