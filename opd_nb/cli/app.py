@@ -22,7 +22,7 @@ from ..core.errors import BadInput, TeacherGone, printable, unknown
 from .commands import (COMMANDS, check_flag_names, command, read_settings,
                                  settings_and_flags, summary, usage)
 from .notebooks import (copy_notebooks, demo_plan, flag_parameters, notebook_folder,
-                                  parameters_of, run_notebook)
+                                  parameters_of, parse_parameter, run_notebook)
 
 if TYPE_CHECKING:
     from opd_nb.core.config import OPDConfig
@@ -142,7 +142,15 @@ def doctor(
     argv: list[str],    # settings
 ) -> int:               # 1 if something would stop the run
     "Look at a run before it begins: what is there, what fits, what it will take: opd doctor --preset laptop"
-    return examined(read_settings(argv, 'opd doctor'))
+    config, given = settings_and_flags(
+        argv, 'opd doctor', dict(plan='say what a step takes on larger machines, by arithmetic'),
+        card='of the plan: RTX4090, L40S, A100, H100 or H200', gpus='of the plan, how many')
+    if not given.plan: return examined(config)
+    from opd_nb.tools.plan import plan_text
+    gpus = parse_parameter('gpus', given.gpus or '8', '8')
+    named = {'student', 'teacher'} <= config.model_fields_set
+    print(plan_text(config, given.card or 'H100', gpus, named))
+    return 0
 
 # %% ../../nbs/14_cli/05_app.ipynb #c018
 @command
