@@ -6,7 +6,7 @@ PIP  := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c cons
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-slow lab docs readme models clean help
+.PHONY: demo real test test-slow lab docs readme models clean help
 .DEFAULT_GOAL := help
 
 help:            ## this list
@@ -26,12 +26,19 @@ $(VENV)/.dev: $(VENV)/.base
 	@echo "Installing what the tests and JupyterLab need (the first time llama.cpp is compiled, 5 to 10 minutes on two cores; pip keeps the result)"
 	@$(PIP) -e '.[dev]' && touch $@
 
+$(VENV)/.gguf: $(VENV)/.base
+	@echo "Installing llama.cpp (the first time it is compiled, 5 to 10 minutes on two cores; pip keeps the result)"
+	@$(PIP) -e '.[gguf]' && touch $@
+
 $(VENV)/.lab: $(VENV)/.base
 	@echo "Installing JupyterLab"
 	@$(PIP) -e '.[lab]' && touch $@
 
 demo: $(VENV)/.base  ## distil across tokenizers, offline, and show the rise
 	@HF_HUB_OFFLINE=1 $(BIN)/opd demo --output-dir outputs/quickstart $(ARGS)
+
+real: $(VENV)/.gguf  ## the same with two real language models: 350 MB to fetch, a quarter of an hour
+	@$(BIN)/opd real --output-dir outputs/real $(ARGS)
 
 test: $(VENV)/.dev   ## every notebook and every test
 	@PATH="$(abspath $(BIN)):$$PATH" sh .ci/test

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'PAIRS', 'CARDS', 'NOTE', 'LAYER', 'BETWEEN', 'FullShape', 'Card', 'Work', 'Plan', 'memory_of', 'seconds_of',
-           'moved_by', 'plan', 'command_of', 'named_shapes', 'plan_table', 'pair_of', 'plan_text']
+           'moved_by', 'plan', 'command_of', 'named_shapes', 'plan_table', 'planned_shapes', 'plan_text']
 
 # %% ../../nbs/11_tools/10_plan.ipynb #e7779041
 from dataclasses import dataclass, replace
@@ -258,7 +258,7 @@ def plan_table(
     return pd.DataFrame(rows).set_index('student ← teacher').round(1)
 
 # %% ../../nbs/11_tools/10_plan.ipynb #8bc1df7b
-def pair_of(
+def planned_shapes(
     config: OPDConfig,  # with a student and a teacher
 ) -> tuple[FullShape, FullShape]:
     "The shapes of the models that the settings name."
@@ -278,7 +278,7 @@ def plan_text(
     pairs, shapes = PAIRS, SHAPES
     if named:
         pairs = [(config.student, config.teacher)]
-        shapes = dict(zip(pairs[0], pair_of(config)))
+        shapes = dict(zip(pairs[0], planned_shapes(config)))
     here = Work(config.batch * config.num_generations, new=config.max_new_tokens,
                 micro_batch=config.micro_batch, lora=config.lora)
     away = replace(here, teacher_here=False, writes_here=False)

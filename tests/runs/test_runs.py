@@ -251,3 +251,25 @@ def test_trl_in_small(tmp_path):
     m = json.loads((tmp_path / 'metrics.json').read_text())
     assert m['loss'] == 'cover' and all(m['last_loss'][who] > 0 for who in ('trl', 'ours')) and {'before', 'after_TRL', 'after_ours'} <= set(m)
     assert (tmp_path / 'curves.png').exists() and (tmp_path / 'trl' / 'final' / 'model.safetensors').exists()
+
+
+def test_real_in_small(tmp_path):
+    "The embedded pair in place of the real one: every arm and every measure runs."
+    small = dict(student='tiny:student', teacher='tiny:teacher', arms='cover,sft,control', tokens=60, held_out=4, batch=2, max_new_tokens=24, threads=1)
+    words = [w for k, v in small.items() for w in ('-p', k, str(v))]
+    done = papermill(tmp_path, *words, notebook='real')
+    assert done.returncode == 0, done.stderr[-2000:]
+    m = json.loads((tmp_path / 'metrics.json').read_text())
+    assert {'before', 'teacher', 'cover', 'sft', 'control'} == set(m['figures']) and all(a['steps'] > 1 and a['tokens'] > 0 for a in m['arms'].values())
+    assert m['figures']['before']['nll'] > m['figures']['teacher']['nll'] and 'cover:' in m['result']
+    assert len(json.loads((tmp_path / 'cover.json').read_text())['result']['answers']) == 4
+
+
+@slow
+def test_skill_in_small(tmp_path):
+    "The embedded pair, a few tokens an arm: the figures mean nothing, but all of them are there."
+    small = dict(fast=True, tokens=150, cold_start=8, puzzles=10, batch=4, threads=1)
+    done = papermill(tmp_path, *(w for k, v in small.items() for w in ('-p', k, str(v))), notebook='skill')
+    assert done.returncode == 0, done.stderr[-2000:]
+    m = json.loads((tmp_path / 'metrics.json').read_text())
+    assert {'cover', 'sft', 'gold', 'grpo'} == set(m['arms']) and m['specialist'] > m['before'] and all(a['tokens'] > 0 for a in m['arms'].values())
