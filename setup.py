@@ -29,7 +29,7 @@ setup(
     name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], keywords=cfg['keywords'],
     author=cfg['author'], author_email=cfg['author_email'], license='MIT', url=cfg['git_url'],
     long_description=(Path(__file__).parent / 'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
-    packages=find_packages(include=['opd_nb*']), package_data={'opd_nb': ['py.typed', 'tiny/*/*', 'domains/*', 'presets/*', 'tasks/*', 'accelerate/*', 'questions/*']}, include_package_data=False,
+    packages=find_packages(include=['opd_nb*']), package_data={'opd_nb': ['py.typed', 'tiny/*/*', 'domains/*', 'presets/*', 'tasks/*', 'accelerate/*', 'texts/*']}, include_package_data=False,
     python_requires='>=' + cfg['min_python'], install_requires=cfg['requirements'].split(), extras_require=extras,
     cmdclass={'build_py': WithNotebooks}, zip_safe=False,
     entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"]},

@@ -17,7 +17,7 @@ from ..core.errors import BadInput
 # %% ../../nbs/12_lab/12_questions.ipynb #f2647254
 def own_questions() -> list[str]:
     "The questions that come with the package."
-    text = (files('opd_nb') / 'questions/open.txt').read_text(encoding='utf-8')
+    text = (files('opd_nb') / 'texts/open_questions.txt').read_text(encoding='utf-8')
     return text.splitlines()
 
 # %% ../../nbs/12_lab/12_questions.ipynb #6bdee8fd
