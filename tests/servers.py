@@ -184,6 +184,8 @@ def fault_proxy(url, faults=(), only='', before=lambda: None):
 
 class StoreSender:
     "What takes the place of NCCL where there is no GPU: this process is rank 0 of a key-value store of torch, and each tensor is a value in it."
+    @staticmethod
+    def check(device): pass
     def __init__(self, init_info, device):
         self.store, self.rounds = store_of(init_info, is_master=True), 0
     def __call__(self, weights):
