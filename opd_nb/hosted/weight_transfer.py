@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['own_address', 'free_port', 'NCCLSender', 'takes_transfers', 'WeightTransfer']
 
-# %% ../../nbs/05_hosted/07_weight_transfer.ipynb #a7937df0
+# %% ../../nbs/05_hosted/07_weight_transfer.ipynb #f6e9b78b
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ from ..models.served_weights import ServedWeight
 from .client import Request
 from .vllm_server import RolloutServerGone, VLLMServer
 
-# %% ../../nbs/05_hosted/07_weight_transfer.ipynb #b7e93654
+# %% ../../nbs/05_hosted/07_weight_transfer.ipynb #54483ec5
 def own_address(
     url: str,    # of the server
 ) -> str:        # an IP address
@@ -43,7 +43,7 @@ def free_port(
         s.bind((address, 0))
         return s.getsockname()[1]
 
-# %% ../../nbs/05_hosted/07_weight_transfer.ipynb #f65419eb
+# %% ../../nbs/05_hosted/07_weight_transfer.ipynb #dc0bac8d
 class NCCLSender:
     "This process as the sender in a server's NCCL group; needs vLLM 0.28 or later, and a GPU."
     @staticmethod
@@ -74,7 +74,7 @@ class NCCLSender:
         torch.cuda.set_device(self.device)
         packed_nccl_broadcast_producer(weights, self.group, 0, lambda named: named[1])
 
-# %% ../../nbs/05_hosted/07_weight_transfer.ipynb #b51395be
+# %% ../../nbs/05_hosted/07_weight_transfer.ipynb #a7bf2c1c
 def takes_transfers(
     server: VLLMServer,
 ) -> bool:
@@ -84,7 +84,7 @@ def takes_transfers(
     config = config.get('weight_transfer_config') if isinstance(config, dict) else None
     return isinstance(config, dict) and config.get('backend') == 'nccl'
 
-# %% ../../nbs/05_hosted/07_weight_transfer.ipynb #b221edcd
+# %% ../../nbs/05_hosted/07_weight_transfer.ipynb #dbf5095c
 class WeightTransfer:
     "Sends weights to a server that writes."
     def __init__(self,
@@ -125,7 +125,8 @@ class WeightTransfer:
         self._post('/resume')
 
     def _join(self):
-        workers = self.server.get(self.server.root + '/get_world_size')['world_size']
+        workers = self.server.get(self.server.root + '/get_world_size').get('world_size')
+        if not isinstance(workers, int): raise self.server.gone_for(400, 'it names no world size')
         address = own_address(self.server.url)
         info = dict(master_address=address, master_port=free_port(address), rank_offset=1,
                     world_size=workers + 1, packed=True)
@@ -143,7 +144,8 @@ class WeightTransfer:
         done = Future()
         def attempt():
             try: done.set_result(work())
-            except BaseException as e: done.set_exception(e)
+            except Exception as e:
+                done.set_exception(self.server.gone_for(0, f'{type(e).__name__} here: {e}'))
         replies = self.server.start(self._request(path, body), retries=0)
         threading.Thread(target=attempt, daemon=True).start()
         finished, _ = wait([replies, done], return_when=FIRST_EXCEPTION)

@@ -234,6 +234,14 @@ def test_a_run_whose_weights_are_transferred(lora, tmp_path, monkeypatch):
         assert paths == ['/init_weight_transfer_engine', *each * 3] and not (tmp_path / 'run' / 'writer').exists()
 
 
+def test_auto_takes_the_folder_and_says_why(tmp_path, caplog):
+    "The server could take the weights over NCCL, and this process has no GPU."
+    with writing_server('tiny:student', transfer=True) as (url, state):
+        writer = VLLMRollouts(f'vllm:{url}', tmp_path)
+        writer(LM.load('tiny:student', dtype='float32', device='cpu'), ASKS[:1], 8)
+        assert 'the student is on the cpu' in caplog.text and state.seen[0][0] == '/collective_rpc' and writer.folder.exists()
+
+
 def test_a_sender_that_fails_is_not_waited_for():
     class Failing(StoreSender):
         def __call__(self, weights):
@@ -244,7 +252,7 @@ def test_a_sender_that_fails_is_not_waited_for():
     with writing_server('tiny:student', transfer=True) as (url, state):
         transfer = WeightTransfer(VLLMServer(f'vllm:{url}'), torch.device('cpu'), Failing)
         transfer.begin()
-        with pytest.raises(OSError, match='fallen off'): transfer.send(weights)
+        with pytest.raises(RolloutServerGone, match='OSError here: the GPU has fallen off'): transfer.send(weights)
         assert state.paused
 
 
