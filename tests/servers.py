@@ -182,29 +182,100 @@ def fault_proxy(url, faults=(), only='', before=lambda: None):
     with http_server(Proxy) as here: yield here + '/v1', faults, seen
 
 
+class StoreSender:
+    "What takes the place of NCCL where there is no GPU: this process is rank 0 of a key-value store of torch, and each tensor is a value in it."
+    @staticmethod
+    def check(device): pass
+    def __init__(self, init_info, device):
+        self.store, self.rounds = store_of(init_info, is_master=True), 0
+    def __call__(self, weights):
+        import torch
+        self.rounds += 1
+        for i, (_, tensor) in enumerate(weights): self.store.set(f'{self.rounds} {i}', tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+
+
+def store_of(info, is_master):
+    "The store of a group; it is there when all have come."
+    from datetime import timedelta
+    from torch.distributed import TCPStore
+    return TCPStore(info['master_address'], info['master_port'], info['world_size'], is_master, timeout=timedelta(seconds=5), wait_for_workers=True)
+
+
+class Receiver:
+    "The worker of a server that takes weights, as strict as vLLM's: nothing before its time, no field that is not documented, no tensor of another size than was announced."
+    def __init__(self, model): self.model, self.store, self.rounds, self.came = model, None, 0, None
+    def init(self, info):
+        need = {'master_address', 'master_port', 'rank_offset', 'world_size'}
+        assert need <= set(info) <= need | {'packed', 'packed_buffer_size_bytes', 'packed_num_buffers'} and info['rank_offset'] == 1 and info['world_size'] == 2, info
+        self.store, self.rounds = store_of(info, is_master=False), 0
+    def start(self): self.came = {}
+    def update(self, info):
+        import torch
+        assert self.store is not None and self.came is not None, 'no group, or no update that was started'
+        assert set(info) == {'names', 'dtype_names', 'shapes'} and len({*map(len, info.values())}) == 1, set(info)
+        has = dict(self.model.named_parameters())
+        unknown = [name for name in info['names'] if name not in has]
+        assert not unknown, f'no parameter {unknown[0]}'
+        self.rounds += 1
+        for i, (name, dtype, shape) in enumerate(zip(*(info[k] for k in ('names', 'dtype_names', 'shapes')))):
+            data = torch.frombuffer(bytearray(self.store.get(f'{self.rounds} {i}')), dtype=getattr(torch, dtype))
+            self.came[name] = data.view(shape)
+    def finish(self):
+        import torch
+        has = dict(self.model.named_parameters())
+        assert set(self.came) == set(has), 'a layer is not complete'
+        with torch.no_grad():
+            for name, tensor in self.came.items(): has[name].copy_(tensor)
+        self.came = None
+
+
 @contextlib.contextmanager
-def writing_server(spec):
-    "vLLM's contract for rollouts, kept by a model of ours: it continues token ids, says how likely each was, and takes adapters and weights from folders. `deaf` says yes to them and keeps what it has."
+def writing_server(spec, transfer=False, together=False):
+    "vLLM's contract for rollouts, kept by a model of ours: it continues token ids, says how likely each was, and takes adapters and weights from folders, with `transfer` also from a group. `deaf` says yes to them and keeps what it has; `gate` is called before a completion; with `together` those that wait are written as one batch, which is faster, and exact to rounding only."
     import copy
+    import torch
     from types import SimpleNamespace
     from opd_nb.models.lm import LM, read
     from opd_nb.models.writing import write
     from opd_nb.training.rollouts import KeyedSampler, uniforms
     lm = LM.load(spec, dtype='float32', device='cpu')
-    state, lock = SimpleNamespace(models={'base': lm.model}, version='default', deaf=False, seen=[]), threading.Lock()
+    state, lock, receiver = SimpleNamespace(models={'base': lm.model}, version='default', deaf=False, paused=False, seen=[], gate=lambda body: None), threading.Lock(), Receiver(lm.model)
+    waiting = []
 
     class Serve(Handler):
-        def do_GET(self): self.send(200, dict(weight_version=state.version) if self.path == '/weight_info' else dict(data=[dict(id=name, parent=None if name == 'base' else 'base') for name in state.models]))
+        def do_GET(self):
+            path = self.path.partition('?')[0]
+            if path == '/weight_info': return self.send(200, dict(weight_version=state.version))
+            if path == '/get_world_size': return self.send(200, dict(world_size=1))
+            if path == '/server_info': return self.send(200, dict(vllm_config=dict(weight_transfer_config=dict(backend='nccl') if transfer else None)))
+            self.send(200, dict(data=[dict(id=name, parent=None if name == 'base' else 'base') for name in state.models]))
         def do_POST(self):
             b = json.loads(self.body()); state.seen.append((self.path, b))
-            with lock: self.send(*getattr(self, self.path.rpartition('/')[2])(b))
-        def completions(self, b):
+            what = self.path.partition('?')[0].rpartition('/')[2]
+            if what == 'completions':
+                state.gate(b)
+                b = SimpleNamespace(body=b, answer=None)
+                waiting.append(b)
+            with lock:
+                try: code, answer = getattr(self, what)(b)
+                except (AssertionError, RuntimeError) as e: code, answer = 500, dict(error=dict(message=str(e)))
+                self.send(code, answer)
+        def completions(self, job):
+            assert not state.paused, 'paused'
+            b = job.body
             if b['model'] not in state.models: return 404, dict(error=dict(message=f"The model `{b['model']}` does not exist."))
-            mine = LM(state.models[b['model']].eval(), lm.codec, lm.path)
-            ids, = write(mine, [b["prompt"]], b["max_tokens"], KeyedSampler(uniforms(b['seed'], 0, [0], b['max_tokens']), b['temperature'], b['top_p']))
-            side = read(mine.model, [b['prompt']], [ids])
-            told = side.logits(slice(None)).log_softmax(-1).gather(1, side.ids[:, None])[:, 0].tolist()
-            return 200, dict(choices=[dict(token_ids=ids, logprobs=dict(token_logprobs=told), finish_reason='stop')], usage=dict(prompt_tokens=len(b['prompt']), completion_tokens=len(ids)))
+            if job.answer is None:
+                like = ('model', 'max_tokens', 'temperature', 'top_p')
+                jobs = [j for j in waiting if all(j.body[k] == b[k] for k in like)] if together else [job]
+                waiting[:] = [j for j in waiting if j not in jobs]
+                mine, prompts = LM(state.models[b['model']].eval(), lm.codec, lm.path), [j.body['prompt'] for j in jobs]
+                numbers = torch.cat([uniforms(j.body['seed'], 0, [0], b['max_tokens']) for j in jobs])
+                written = write(mine, prompts, b['max_tokens'], KeyedSampler(numbers, b['temperature'], b['top_p']))
+                side = read(mine.model, prompts, written)
+                told = side.logits(slice(None)).log_softmax(-1).gather(1, side.ids[:, None])[:, 0]
+                for j, ids, logprobs in zip(jobs, written, told.split([len(ids) for ids in written])): j.answer = ids, logprobs.tolist()
+            ids, logprobs = job.answer
+            return 200, dict(choices=[dict(token_ids=ids, logprobs=dict(token_logprobs=logprobs), finish_reason='stop')], usage=dict(prompt_tokens=len(b['prompt']), completion_tokens=len(ids)))
         def load_lora_adapter(self, b):
             from peft import PeftModel
             base = copy.deepcopy(state.models['base'])
@@ -216,5 +287,15 @@ def writing_server(spec):
             if not state.deaf: state.models['base'].load_state_dict(AutoModelForCausalLM.from_pretrained(b['kwargs']['weights_path'], dtype='float32').state_dict())
             return 200, dict(results=[None])
         def update_weight_version(self, b): state.version = b['new_version']; return 200, dict(success=True)
+        def pause(self, b): state.paused = True; return 200, dict(status='paused')
+        def resume(self, b): state.paused = False; return 200, dict(status='resumed')
+        def init_weight_transfer_engine(self, b):
+            assert transfer, 'no weight transfer engine'
+            receiver.init(b['init_info']); return 200, dict(message='Weight transfer initialized')
+        def start_weight_update(self, b): receiver.start(); return 200, dict(message='Weight update started')
+        def update_weights(self, b): receiver.update(b['update_info']); return 200, dict(message='Weights updated')
+        def finish_weight_update(self, b):
+            receiver.came = receiver.came if not state.deaf else dict(receiver.model.named_parameters())
+            receiver.finish(); return 200, dict(message='Weight update finished')
 
     with http_server(Serve) as url: yield url, state

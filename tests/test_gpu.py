@@ -1,5 +1,6 @@
 "What only a GPU shows: the same losses and gradients as on a CPU, runs in each number format, memory. Skips, and says so, where there is none."
 import os
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -212,3 +213,24 @@ def test_a_student_in_fewer_bits(prompts, tmp_path, bits):
     in_layers = 8 * (4 * 512 * 512 + 3 * 512 * 2048)
     assert sizes[None] - sizes[bits] > .9 * in_layers * (2 - BITSANDBYTES[bits]) and abs(losses[bits][0] - losses[None][0]) < .5
     assert not hasattr(LM.load(str(done.student), device='cpu').model.config, 'quantization_config')
+
+
+@pytest.mark.parametrize('lora', [False, True], ids=['whole', 'lora'])
+def test_weights_reach_vllm_over_nccl(tmp_path, lora):
+    "The student on the first GPU, vLLM on the second. Nothing has run this yet: tests/training/test_server_rollouts.py has the same order of calls, with another transport."
+    if GPU != 'cuda' or torch.cuda.device_count() < 2: pytest.skip('needs two GPUs: NCCL has one member of a group on each')
+    if find_spec('vllm') is None: pytest.skip('needs vLLM beside the student: pip install "opd_nb[vllm]"')
+    import sys
+    from servers import command_server
+    from opd_nb.models.optim import add_lora
+    from opd_nb.training.vllm_rollouts import VLLMRollouts
+    lm = loaded('tiny:student', 'cuda:0', 'float32')
+    lm.model.save_pretrained(tmp_path / 'student'), lm.codec.tok.save_pretrained(tmp_path / 'student')
+    if lora: lm = LM(add_lora(lm.model, OPDConfig(_env_file=None, lora=True)), lm.codec, lm.path)
+    words = f'-m vllm.entrypoints.openai.api_server --model {tmp_path / "student"} --port {{port}} --host 127.0.0.1 --dtype float32 --max-model-len 256 --enforce-eager'.split()
+    with command_server(sys.executable, *words, '--weight-transfer-config', '{{"backend": "nccl"}}', patience=400, CUDA_VISIBLE_DEVICES='1', VLLM_SERVER_DEV_MODE='1', HF_HUB_OFFLINE='1', VLLM_NO_USAGE_STATS='1') as url:
+        writer = VLLMRollouts(f'vllm:{url}', tmp_path, sync='auto')
+        for step in range(3):  # each push is compared with the student's own logprobs
+            assert writer(lm, countdown.draw(6), 24, step=step)[0].version == step
+            moved(lm)
+        assert writer.transfer is not None and not writer.folder.exists()

@@ -198,6 +198,12 @@ class RolloutSettings(BaseModel):
     sync_every: int = setting(1,
         'Steps between two updates of the weights of the server that writes the rollouts.',
         'steps', ge=1)
+    sync: Literal['auto', 'disk', 'transfer'] = setting('auto',
+        'How that server gets the weights: disk, a folder that both see; transfer, from GPU to GPU '
+        'over NCCL; auto transfers if the server was started for it.')
+    staleness: int = setting(0,
+        'Updates by which rollouts may be old: 0 waits for the server, 1 has it write those of the '
+        'next step while this one is learnt.', 'steps', ge=0, le=1)
 
 # %% ../../nbs/01_core/04_settings.ipynb #c020
 METHOD_NAMES = ['opd', 'kd', 'sft', 'grpo']  # and what `register_method` adds

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'COUNTERS', 'STATE', 'FIXED_SETTINGS', 'data_hash', 'Monitored', 'counters', 'set_counters', 'earlier_settings',
-           'teacher_of', 'save_student', 'checkpoints', 'newest_checkpoint', 'load_state', 'problem_of',
+           'teacher_of', 'writer_of', 'save_student', 'checkpoints', 'newest_checkpoint', 'load_state', 'problem_of',
            'intact_checkpoint', 'check_unchanged', 'check_resumable', 'check_same_data', 'resume_run', 'write_log',
            'save_records', 'load_checkpoint', 'restore_weights', 'load_optimizers', 'resume_command', 'StopRequest',
            'stop_if_asked', 'lost_steps', 'save_merged']
@@ -35,7 +35,7 @@ from ..models.lm import LM, load_adapter_weights, merge_adapters
 from ..models.fsdp import gather_state, is_sharded, load_optimizer_state, load_sharded_weights
 from ..teachers.base import Teacher, as_teacher
 from ..monitor.run_log import read_log, explain_write_errors
-from .vllm_rollouts import on_main_process
+from .vllm_rollouts import VLLMRollouts, on_main_process
 
 log = logging.getLogger('opd_nb')
 
@@ -110,6 +110,15 @@ def teacher_of(
     return as_teacher(getattr(run, 'teacher', None) or SimpleNamespace())
 
 
+def writer_of(
+    run,           # a `Run`, see `setup`
+) -> VLLMRollouts | SimpleNamespace:
+    "The server that writes its rollouts; nothing is written ahead without one."
+    writer = getattr(run, 'sampler', None)
+    if isinstance(writer, VLLMRollouts): return writer
+    return SimpleNamespace(state=lambda step: {})
+
+
 def save_student(
     run,           # a `Run`, see `setup`
     name: str,     # 'best', 'final' or 'step-N'
@@ -122,6 +131,7 @@ def save_student(
         state = dict(optimizers=[gather_state(o.state_dict()) for o in run.optimizers],
                      schedulers=[gather_state(s.state_dict()) for s in run.schedulers])
         if followed := teacher_of(run).state(): state['teacher'] = followed
+        if ahead := writer_of(run).state(run.step): state['written'] = ahead
     if run.state.is_main_process:
         part = folder.with_name(name + '.part')
         shutil.rmtree(part, ignore_errors=True)
@@ -291,6 +301,7 @@ def load_checkpoint(
     check_same_data(run, saved)
     restore_weights(run, folder)
     teacher_of(run).load_state(saved.get('teacher', {}))
+    if run.config.staleness: writer_of(run).kept = saved.get('written', {})
     load_optimizers(run, saved)
     set_counters(run, saved)
 

@@ -42,7 +42,7 @@ from .batch import (WeightedMetrics, by_teacher, distillation_loss, fault_of,
 from .grpo import reward_metrics, rewards_of
 from .methods import (
     LossSum, MethodLoss, Term, by_objective, get_method, register_method, sample_or_reference,
-    step_terms, weighted_means)
+    step_terms, weighted_means, write_ahead)
 from .checkpoints import (
     Monitored, StopRequest, check_resumable, lost_steps, resume_command, resume_run, save_records,
     save_student, stop_if_asked)
@@ -76,6 +76,7 @@ def forward_backward(
     start = time.perf_counter()
     torch.manual_seed(run.config.seed * 1_000_003 + run.step)  # for dropout; sampling is keyed
     terms = step_terms(run, run.step)                        # 1. rollouts, sampled from the student
+    write_ahead(run)                                         # those of the next step, by a server
     run.seconds = Counter(writing=run.now() - start)
     losses = []
     for term in terms:

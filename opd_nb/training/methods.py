@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['FROM_REFERENCES', 'METHODS', 'SUMMED', 'MAXIMA', 'step_prompts', 'epoch_order', 'sampling_batch_size',
-           'new_tokens_at', 'sample', 'reference_rollouts', 'require_references', 'is_on_policy', 'sample_or_reference',
-           'Term', 'by_objective', 'step_terms', 'MethodLoss', 'register_method', 'get_method', 'LossSum', 'sft',
-           'weighted_means']
+           'new_tokens_at', 'sample', 'sampling', 'reference_rollouts', 'require_references', 'is_on_policy',
+           'sample_or_reference', 'Term', 'by_objective', 'step_terms', 'write_ahead', 'MethodLoss', 'register_method',
+           'get_method', 'LossSum', 'sft', 'weighted_means']
 
 # %% ../../nbs/09_training/04_methods.ipynb #c003
 import random
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
@@ -31,16 +32,18 @@ from ..losses.registry import LOSSES
 from ..teachers.base import is_stored
 from .pairs import objectives_of, share_of_prompts
 from .rollouts import as_rollout, stored_rollouts
+from .vllm_rollouts import VLLMRollouts
 from .batch import WeightedMetrics, micro_batches, read_rollouts
 
 # %% ../../nbs/09_training/04_methods.ipynb #c006
 def step_prompts(
     run,           # a `Run`, see `setup`
+    after: int = 0,# 1 for those of the step after the next
 ) -> list[Conversation]:  # `batch` conversations, each `num_generations` times in a row
     "The prompts of the next step."
     config, n = run.config, len(run.train)
-    prompts = []
-    for i in range(run.prompts_asked, run.prompts_asked + config.batch):
+    first, prompts = run.prompts_asked + after * config.batch, []
+    for i in range(first, first + config.batch):
         epoch, k = divmod(i, n)
         conversation = run.train[epoch_order(n, config.seed, epoch)[k]]
         prompts += [conversation] * config.num_generations
@@ -92,14 +95,25 @@ def sample(
     group_size: int = 1,  # completions of one prompt, in a row; a process gets all of them or none
 ) -> list[Rollout]:       # of this process's share of the prompts
     "The student's completions."
-    c, model = run.config, run.student.model
-    n_tokens = new_tokens_at(c, step)
-    mine = local_rows(run.state, len(prompts), group_size)
-    batch_size = sampling_batch_size(run.student, c, run.micro_batch, prompts)
-    device, dtype = run.student.device.type, run.compute_dtype
-    with unsharded(model), torch.autocast(device, dtype, enabled=dtype is not None):
-        return run.sampler(run.student, prompts[mine], n_tokens, c.seed, step, mine.start,
-                           c.temperature, c.top_p, batch_size, run.max_prompt_tokens)
+    model, dtype = run.student.model, run.compute_dtype
+    # a server writes without this process; its own writing needs whole layers
+    whole = nullcontext() if isinstance(run.sampler, VLLMRollouts) else unsharded(model)
+    with whole, torch.autocast(run.student.device.type, dtype, enabled=dtype is not None):
+        return run.sampler(run.student, **sampling(run, prompts, step, group_size))
+
+
+def sampling(
+    run,                  # a `Run`, see `setup`
+    prompts: list[Conversation],  # of the whole step
+    step: int,            # decides on the random numbers
+    group_size: int = 1,  # see `sample`
+) -> dict[str, object]:   # arguments of `rollout`
+    "What this process is to sample in a step."
+    c, mine = run.config, local_rows(run.state, len(prompts), group_size)
+    return dict(conversations=prompts[mine], max_new_tokens=new_tokens_at(c, step), seed=c.seed,
+                step=step, first_row=mine.start, temperature=c.temperature, top_p=c.top_p,
+                batch=sampling_batch_size(run.student, c, run.micro_batch, prompts),
+                max_prompt_tokens=run.max_prompt_tokens)
 
 # %% ../../nbs/09_training/04_methods.ipynb #c013
 def reference_rollouts(
@@ -213,6 +227,19 @@ def step_terms(
     if c.lambda_sft:
         terms.append(Term(c.lambda_sft, 'sft', reference_rollouts(run, prompts, c.num_generations)))
     return terms
+
+# %% ../../nbs/09_training/04_methods.ipynb #eeadf6bd
+def write_ahead(
+    run,           # a `Run`, see `setup`
+):
+    "Have the rollouts of the step after this one written, if `staleness` allows it."
+    c, step, dtype = run.config, run.step + 1, run.compute_dtype
+    lam = c.lam if c.method == 'opd' else 1.
+    learnt = c.lambda_kd and c.cold_start_steps <= step < c.max_steps
+    if not (c.staleness and learnt and is_on_policy(c, step, lam)) or is_stored(run.teacher): return
+    asked = sampling(run, step_prompts(run, after=1), step, c.num_generations)
+    with torch.autocast(run.student.device.type, dtype, enabled=dtype is not None):
+        run.sampler.write_ahead(run.student, now=run.step, **asked)
 
 # %% ../../nbs/09_training/04_methods.ipynb #c018
 METHODS = Registry('method', opd='opd_nb.training.loop:distil', kd='opd_nb.training.loop:distil',

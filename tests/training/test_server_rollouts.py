@@ -1,5 +1,5 @@
 "Rollouts by a server: what can be shown without vLLM, and, slow, with it."
-import os, socket, subprocess, sys
+import functools, os, socket, subprocess, sys, threading
 
 import pytest
 import torch
@@ -10,9 +10,12 @@ from opd_nb.core.config import OPDConfig
 from opd_nb.models.lm import LM
 from opd_nb.hosted.pricing import TeacherGone
 from opd_nb.training.rollouts import rollout
-from opd_nb.training.vllm_rollouts import VLLMServer, VLLMRollouts, StaleWeights, RolloutServerGone, logprob_differences, parse_completion, rollout_function
+from opd_nb.training.vllm_rollouts import VLLMRollouts, logprob_differences, parse_completion, rollout_function
+from opd_nb.hosted.vllm_server import RolloutServerGone, StaleWeights, VLLMServer
+from opd_nb.hosted.weight_transfer import WeightTransfer
+from opd_nb.models.served_weights import served_weights
 from opd_nb.lab import countdown
-from servers import command_server, served, writing_server
+from servers import StoreSender, command_server, served, writing_server
 
 ASKS = countdown.draw(6, 1)
 
@@ -65,17 +68,6 @@ def test_a_server_that_is_away_is_an_end_the_loop_knows(tmp_path):
 @pytest.mark.parametrize('spec', ['there', 'vllm:', 'vllm:localhost:8000', 'api:http://localhost:8000'])
 def test_bad_addresses(spec, tmp_path):
     with pytest.raises(BadInput, match='rollouts'): rollout_function(OPDConfig(_env_file=None, rollouts=spec, output_dir=tmp_path))
-
-
-def test_a_divided_student_is_refused(tmp_path):
-    "What one process holds of it are no weights to hand over, and gathering them is not done yet."
-    from torch.distributed.tensor import distribute_tensor, init_device_mesh
-    lm, writer = LM.load('tiny:student', dtype='float32'), VLLMRollouts('vllm:http://127.0.0.1:9', tmp_path)
-    torch.distributed.init_process_group('gloo', store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        lm.model.lm_head.weight = torch.nn.Parameter(distribute_tensor(lm.model.lm_head.weight.detach(), init_device_mesh('cpu', (1,))))
-        with pytest.raises(BadInput, match='FSDP'): writer.sync_weights(lm, 0)
-    finally: torch.distributed.destroy_process_group()
 
 
 ONE_OF_TWO = '''
@@ -197,13 +189,18 @@ def test_two_processes_share_one_writer(tmp_path):
     assert [said[3], said[5]] == [f'ids {k} 1 {[r.ids for r in alone[3 * k:3 * k + 3]]}' for k in range(2)]
 
 
+def settings_of(url, folder, student, **settings):
+    import json
+    prompts = folder / 'puzzles.jsonl'
+    if not prompts.exists(): prompts.write_text(''.join(json.dumps(dict(messages=list(c.prompt), metadata=c.metadata)) + '\n' for c in countdown.draw(40)))
+    fixed = dict(student=student, teacher='tiny:', data=str(prompts), rollouts=f'vllm:{url}', sync_every=2, output_dir=folder / 'run', batch=8, max_new_tokens=16, max_steps=6, warmup_steps=0, learning_rate=2e-3, val_fraction=0.)
+    return OPDConfig(_env_file=None, **fixed | settings)
+
+
 def trained(url, folder, student, **settings):
     "Six steps by `train`, written by a server."
-    import json
     from opd_nb.training.loop import train
-    (folder / 'puzzles.jsonl').write_text(''.join(json.dumps(dict(messages=list(c.prompt), metadata=c.metadata)) + '\n' for c in countdown.draw(40)))
-    done = train(OPDConfig(_env_file=None, student=student, teacher='tiny:', data=str(folder / 'puzzles.jsonl'), rollouts=f'vllm:{url}', sync_every=2, output_dir=folder / 'run', batch=8, max_new_tokens=16, max_steps=6, warmup_steps=0,
-                           learning_rate=2e-3, val_fraction=0., **settings), progress=False)
+    done = train(settings_of(url, folder, student, **settings), progress=False)
     return [e for e in done.events if e['event'] == 'step']
 
 
@@ -219,6 +216,133 @@ def test_a_run_whose_rollouts_a_server_writes(lora, tmp_path):
     with writing_server('tiny:student') as (url, state):
         follows(trained(url, tmp_path, 'tiny:student', lora=lora))
         assert sum(p.endswith(('load_lora_adapter', 'collective_rpc')) for p, _ in state.seen) >= 3 and len(state.models) == 1 + lora
+
+
+def by_store(monkeypatch):
+    "What sends the weights of a run, where there is no GPU."
+    monkeypatch.setattr(VLLMRollouts, '__init__', functools.partialmethod(VLLMRollouts.__init__, sender=StoreSender))
+
+
+@pytest.mark.parametrize('lora', [False, True], ids=['whole', 'lora'])
+def test_a_run_whose_weights_are_transferred(lora, tmp_path, monkeypatch):
+    "Nothing but the run's own files is on the disk; `auto` finds out that the server offers it."
+    by_store(monkeypatch)
+    with writing_server('tiny:student', transfer=True) as (url, state):
+        follows(trained(url, tmp_path, 'tiny:student', lora=lora))
+        paths = [path for path, _ in state.seen if not path.endswith('completions')]
+        each = ['/pause?mode=wait', '/start_weight_update', '/update_weights', '/finish_weight_update', '/update_weight_version', '/resume']
+        assert paths == ['/init_weight_transfer_engine', *each * 3] and not (tmp_path / 'run' / 'writer').exists()
+
+
+def test_auto_takes_the_folder_and_says_why(tmp_path, caplog):
+    "The server could take the weights over NCCL, and this process has no GPU."
+    with writing_server('tiny:student', transfer=True) as (url, state):
+        writer = VLLMRollouts(f'vllm:{url}', tmp_path)
+        writer(LM.load('tiny:student', dtype='float32', device='cpu'), ASKS[:1], 8)
+        assert 'the student is on the cpu' in caplog.text and state.seen[0][0] == '/collective_rpc' and writer.folder.exists()
+
+
+def test_a_sender_that_fails_is_not_waited_for():
+    class Failing(StoreSender):
+        def __call__(self, weights):
+            next(weights)
+            raise OSError('the GPU has fallen off the bus')
+
+    weights = served_weights(LM.load('tiny:student', dtype='float32').model)
+    with writing_server('tiny:student', transfer=True) as (url, state):
+        transfer = WeightTransfer(VLLMServer(f'vllm:{url}'), torch.device('cpu'), Failing)
+        transfer.begin()
+        with pytest.raises(RolloutServerGone, match='OSError here: the GPU has fallen off'): transfer.send(weights)
+        assert state.paused
+
+
+AHEAD = dict(staleness=1, sync_every=1, batch=4, max_new_tokens=12, max_steps=5, loss='trust')
+
+
+def learnt(steps): return [{k: v for k, v in e.items() if 'seconds' not in k and not k.startswith('written_')} for e in steps]
+
+
+def test_writing_goes_on_while_this_step_is_learnt(tmp_path):
+    "The server writes nothing of step 2 before step 1 is over: a run that waited for it would never end. And it was asked before step 1 was over."
+    from opd_nb.training.loop import train
+    over, asked, found = threading.Event(), [], []
+    with writing_server('tiny:student') as (url, state):
+        def gate(body):
+            if body['max_tokens'] < 20: return  # one that is read at once
+            asked.append(body['seed'])
+            if len(asked) > 4: assert over.wait(30)
+        def show(event):
+            if event['event'] != 'step': return
+            found.append((event['step'], len(asked), event['writer_lag'], event.get('written_from', 0) < 0))
+            over.set()
+        state.gate = gate
+        train(settings_of(url, tmp_path, 'tiny:student', **AHEAD | dict(max_steps=2, max_new_tokens=20)), progress=False, show=show)
+    assert found == [(1, 8, 0, False), (2, 8, 1, True)] and len(set(asked)) == 8
+
+
+@pytest.mark.parametrize('stop', [2, pytest.param(4, marks=slow)])
+def test_a_run_that_is_stopped_takes_the_same_steps(stop, tmp_path):
+    "Also in what it learns from: the rollouts that were written ahead are in the checkpoint."
+    with writing_server('tiny:student') as (url, state):
+        whole = trained(url, tmp_path, 'tiny:student', output_dir=tmp_path / 'whole', **AHEAD)
+        assert [e['writer_lag'] for e in whole] == [0, 1, 1, 1, 1] and all('ratio_max' in e for e in whole)
+        def until(event):
+            if event['step'] == stop: os.kill(os.getpid(), 2)
+        from opd_nb.core.errors import Interrupted
+        from opd_nb.training.loop import train
+        with pytest.raises(Interrupted): train(settings_of(url, tmp_path, 'tiny:student', **AHEAD), progress=False, show=until)
+        n_asked = sum(path.endswith('completions') for path, _ in state.seen)
+        again = trained(url, tmp_path, 'tiny:student', resume=True, **AHEAD)
+        assert learnt(again) == learnt(whole)
+        assert sum(path.endswith('completions') for path, _ in state.seen) - n_asked == (5 - stop - 1) * 8  # those of the next step are not written again
+
+
+def test_staleness_needs_a_server(tmp_path):
+    from opd_nb.training.loop import train
+    with pytest.raises(BadInput, match='staleness'): train(settings_of('', tmp_path, 'tiny:student', **AHEAD | dict(rollouts='here')), progress=False)
+
+
+TWO_HALVES = '''
+import sys
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from opd_nb.core.distributed import process_state
+from opd_nb.training.vllm_rollouts import VLLMRollouts
+from opd_nb.lab import countdown
+from servers import StoreSender
+from test_server_rollouts import student
+state, (url, folder, sync, lora) = process_state('cpu'), sys.argv[1:]
+mine = countdown.draw(6, 1)[state.process_index * 3:][:3]
+lm = student(lora)
+base = lm.model.get_base_model() if lora else lm.model
+for layer in base.model.layers: fully_shard(layer, mesh=init_device_mesh('cpu', (2,)))
+writer = VLLMRollouts(f'vllm:{url}', folder, sync=sync, sender=StoreSender)
+for step in range(2): rolled = writer(lm, mine, 8, step=step, first_row=state.process_index * 3)
+open(f'{folder}/said-{state.process_index}', 'w').write(str([r.ids for r in rolled]))
+'''
+
+
+def student(lora):
+    "The same in each process."
+    torch.manual_seed(0)
+    lm = LM.load('tiny:student', dtype='float32', device='cpu')
+    if lora: lm = with_adapter(lm)
+    shaken(lm.model, .1 if lora else .02)
+    return lm
+
+
+@slow
+@pytest.mark.parametrize('sync', ['disk', 'transfer'])
+@pytest.mark.parametrize('lora', ['', 'lora'], ids=['whole', 'lora'])
+def test_a_divided_student_is_put_together(sync, lora, tmp_path):
+    "Two processes hold half of each layer. The server writes what the whole student would, and each process finds its own logprobs in it."
+    (tmp_path / 'two.py').write_text(TWO_HALVES)
+    with writing_server('tiny:student', transfer=True) as (url, _):
+        env = os.environ | dict(ACCELERATE_USE_CPU='true', PYTHONPATH=os.pathsep.join(map(str, (ROOT, ROOT / 'tests', ROOT / 'tests' / 'training'))))
+        done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '--standalone', str(tmp_path / 'two.py'), url, str(tmp_path), sync, lora], capture_output=True, text=True, timeout=300, env=env)
+        assert done.returncode == 0, done.stderr[-3000:]
+    with writing_server('tiny:student') as (url, _): alone = VLLMRollouts(f'vllm:{url}', tmp_path / 'alone')(student(lora), ASKS, 8, step=1)
+    assert [(tmp_path / f'said-{k}').read_text() for k in range(2)] == [str([r.ids for r in alone[3 * k:3 * k + 3]]) for k in range(2)]
 
 
 @slow
