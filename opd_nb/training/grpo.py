@@ -13,6 +13,7 @@ import torch
 from ..core.errors import BadInput
 from ..core.registry import Registry
 from ..core.types import Conversation, Rollout
+from ..models.fsdp import add_gradients, equal_passes
 from ..losses.grpo import group_advantages, grpo_loss
 from .batch import WeightedMetrics, micro_batches, read_rollouts
 from .methods import LossSum, MethodLoss, register_method
