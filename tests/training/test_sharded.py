@@ -15,11 +15,21 @@ from opd_nb.models.lm import LM
 from opd_nb.training.loop import train
 
 RUNS = '''
-import json, sys
+import json, os, peft, socket, sys
 from opd_nb.core.config import OPDConfig
+from opd_nb.core.distributed import process_state
 from opd_nb.core.errors import BadInput
+from opd_nb.models.lm import LM
 from opd_nb.teachers.base import load_teacher
 from opd_nb.training.loop import train
+
+LM.load('tiny:student', device='cpu')  # all is imported once, for both processes
+with socket.socket() as s:
+    s.bind(('', 0))
+    port = s.getsockname()[1]
+other = os.fork()
+rank = '0' if other else '1'
+os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE='2', MASTER_ADDR='localhost', MASTER_PORT=str(port))
 
 class GoesAway:
     "A teacher that has nothing to say to the second process from its third call on; the first two are a validation."
@@ -35,24 +45,21 @@ for settings in json.load(open(sys.argv[1])):
     if not goes_away:
         train(c, progress=False)
         continue
-    from opd_nb.core.distributed import process_state
     try: train(c, GoesAway(load_teacher(c.teacher, c), process_state('cpu').process_index), progress=False)
     except BadInput as e: print(f'both know: {e}'.replace(chr(10), ' '), flush=True)
+if other: sys.exit(os.waitstatus_to_exitcode(os.waitpid(other, 0)[1]))
 '''
 
 
 def divided(folder, configs, seconds=240):
     "Run after run in two processes that divide the layers. If they wait for each other, all of them are ended."
     runs = [c if isinstance(c, dict) else c.model_dump(mode='json', exclude_defaults=True) for c in configs]
-    (folder / 'runs.py').write_text(RUNS)
     (folder / 'runs.json').write_text(json.dumps(runs))
     env = os.environ | dict(ACCELERATE_USE_FSDP='true', FSDP_VERSION='2', FSDP_RESHARD_AFTER_FORWARD='true', CUDA_VISIBLE_DEVICES='', PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1')
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(folder / 'runs.py'), str(folder / 'runs.json')]
-    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen([sys.executable, '-c', RUNS, str(folder / 'runs.json')], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try: out, err = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
+    finally:
+        if process.poll() != 0: os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 0, err[-3000:]
     return out
 
