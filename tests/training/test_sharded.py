@@ -65,21 +65,21 @@ def divided(folder, configs, seconds=240):
 
 
 def compare(one, two, tolerance=1e-4):
-    "The same events with the same losses."
+    "The same events, with the same losses and gradients."
     one, two = figures(one), figures(two)
     assert [(e['event'], e['step'], e['trained'], e.get('length')) for e in one] == [(e['event'], e['step'], e['trained'], e.get('length')) for e in two]
     for a, b in zip(one, two):
-        assert abs(a['loss'] - b['loss']) <= tolerance * max(1, abs(a['loss'])), (a, b)
+        for k in ('loss', 'grad_norm'): assert abs(a.get(k, 0) - b.get(k, 0)) <= tolerance * max(1, abs(a.get(k, 0))), (k, a, b)
     return one
 
 
-ADAPTERS = dict(lora=True, lora_dropout=0., learning_rate=1e-2)
+ADAPTERS = dict(lora=True, lora_dropout=0., learning_rate=1e-3)
 UNEVEN = dict(batch=5, micro_batch=2, max_new_tokens=12, val_max_samples=3, schedule='constant', warmup_steps=0)
 
 
 def test_adapters_references_and_two_teachers_at_once(prompts, tmp_path):
     "Stopped after two steps and resumed; and a teacher that fails in one process: both raise its error."
-    kw = UNEVEN | ADAPTERS | dict(max_steps=4, lam=.5, lambda_sft=.3, seed=3, eval_every=2, save_every=2, gradient_checkpointing=True, teacher='tiny:teacher@2,tiny:student', loss='auto')
+    kw = UNEVEN | ADAPTERS | dict(max_steps=4, learning_rate=1e-2, lam=.5, lambda_sft=.3, seed=3, eval_every=2, save_every=2, gradient_checkpointing=True, teacher='tiny:teacher@2,tiny:student', loss='auto')
     one = train(config(prompts, tmp_path / 'one', **kw), progress=False)
     two = config(prompts, tmp_path / 'two', **kw | dict(max_steps=2))
     left = config(prompts, tmp_path / 'left', **UNEVEN, max_steps=2, eval_every=2).model_dump(mode='json', exclude_defaults=True)
@@ -95,25 +95,25 @@ def test_adapters_references_and_two_teachers_at_once(prompts, tmp_path):
 MATRIX = {
     'all weights': {}, 'adapters': ADAPTERS, 'references': dict(lam=.5), 'SFT share': dict(lambda_sft=.3), 'cold start': dict(cold_start_steps=8),
     'two teachers': dict(teacher='tiny:teacher@2,tiny:student', loss='auto'), 'checkpointing': dict(gradient_checkpointing=True),
-    'adapters, checkpointing': ADAPTERS | dict(gradient_checkpointing=True), 'adapters in bfloat16': ADAPTERS | dict(dtype='bfloat16', learning_rate=1e-3),
+    'adapters, checkpointing': ADAPTERS | dict(gradient_checkpointing=True), 'adapters in bfloat16': ADAPTERS | dict(dtype='bfloat16', max_steps=5),
     'rewards': dict(reward_weight=.2, reward='countdown', num_generations=4, temperature=.5), 'grpo': dict(method='grpo', reward='countdown', num_generations=8, temperature=.5),
-    'kd': dict(method='kd'), 'sft': dict(method='sft'), 'fewer prompts than processes': dict(batch=1), 'muon': dict(optimizer='muon')}
+    'kd': dict(method='kd'), 'sft': dict(method='sft'), 'fewer prompts than processes': dict(batch=1), 'muon': dict(optimizer='muon', max_steps=5)}
 
 
 @slow
 def test_each_kind_of_run_over_twenty_steps(prompts, tmp_path):
-    "Adapters that are stopped and resumed are the same to the bit. Muon rounds its matrices to bfloat16, in another order when they are divided, and so is allowed more."
+    "Adapters that are stopped and resumed are the same to the bit. Muon works on matrices in bfloat16, whose sums are rounded otherwise when they are divided; it and a base in bfloat16 take five steps, before a completion becomes another."
     kw = UNEVEN | dict(max_steps=20, eval_every=10, learning_rate=3e-4, loss='cover', save_every=20)
     runs = {name: kw | more for name, more in MATRIX.items()}
     for name, settings in runs.items(): train(config(prompts, tmp_path / 'one' / name, **settings), progress=False)
-    stopped = config(prompts, tmp_path / 'stopped', **kw | ADAPTERS | dict(max_steps=10, save_every=10))
+    stopped = config(prompts, tmp_path / 'stopped', **kw | ADAPTERS | dict(max_steps=10))
     divided(tmp_path, [config(prompts, tmp_path / 'two' / name, **settings) for name, settings in runs.items()]
             + [stopped, stopped.model_copy(update=dict(max_steps=20, resume=True))], 1200)
     assert figures(stopped.output_dir) == figures(tmp_path / 'two' / 'adapters')
     assert same_weights(stopped.output_dir / 'final', tmp_path / 'two' / 'adapters' / 'final')
     for name in runs:
-        events = compare(tmp_path / 'one' / name, tmp_path / 'two' / name, 5e-2 if name == 'muon' else 1e-4)
-        assert any(e['loss'] for e in events), f'{name} had nothing to learn'
+        events = compare(tmp_path / 'one' / name, tmp_path / 'two' / name, 1e-2 if name == 'muon' else 1e-4)
+        assert any(e.get('grad_norm') for e in events), f'{name} had nothing to learn'
 
 
 def test_what_cannot_be_divided():
