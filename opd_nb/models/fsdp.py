@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map
 
 from ..core.errors import BadInput
 from ..core.config import OPDConfig
-from ..core.distributed import all_gather, all_or_none
+from ..core.distributed import all_gather, all_or_none, process_state
 from .files import base_model
 from .lm import read
 
@@ -113,7 +113,6 @@ def add_gradients(
     if roots: torch.autograd.backward(roots, gradients)
 
 def equal_passes(
-    state,                 # of `process_state`
     model,                 # sharded or not
     batches: list,         # micro-batches of this process
     prepare: Callable = lambda batch: batch,  # what comes before the pass; may give None, and may
@@ -122,6 +121,7 @@ def equal_passes(
 ) -> Iterator:             # each micro-batch, prepared; without those that gave None
     "Go through micro-batches. Where layers are divided, all processes make equally many passes."
     sharded = is_sharded(model)
+    state = process_state() if sharded else None
     n_passes = max(all_gather(state, [len(batches)])) if sharded else len(batches)
     for i in range(n_passes):
         def attempt(): return prepare(batches[i]) if i < len(batches) else None

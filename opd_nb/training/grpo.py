@@ -74,7 +74,7 @@ def grpo(
     advantage_of = {id(r): a for r, a in zip(rollouts, advantages)}
     losses, model = LossSum(), run.student.model
     batches = micro_batches(rollouts, run.micro_batch)
-    for rows in equal_passes(run.state, model, batches, backward=backward):
+    for rows in equal_passes(model, batches, backward=backward):
         side = read_rollouts(run.student, rows, run.compute_dtype)
         advantage = torch.stack([advantage_of[id(r)] for r in rows])
         out = grpo_loss(side, [r.ends for r in rows], advantage, kind, longest=c.max_new_tokens)

@@ -105,8 +105,8 @@ def distil(
         return (pair, scored) if scored.rollouts else None   # None: nothing that it can read
 
     batches = batches_by_teacher(run, [beginning(positions, r) for r in rollouts])
-    for pair, scored in equal_passes(run.state, run.student.model, batches,
-                                     lambda batch: scored_by(*batch), backward):
+    for pair, scored in equal_passes(run.student.model, batches, lambda batch: scored_by(*batch),
+                                     backward):
         # 3. alignment of its positions and the student's, on bytes
         batch = read_and_align(run.student, scored.rollouts, scored.signals, pair.vocab,
                                run.compute_dtype)

@@ -272,7 +272,7 @@ def sft(
     "Cross-entropy of every token of the references. No teacher is needed."
     losses, model = LossSum(), run.student.model
     batches = micro_batches(rollouts, run.micro_batch)
-    for rows in equal_passes(run.state, model, batches, backward=backward):
+    for rows in equal_passes(model, batches, backward=backward):
         side = read_rollouts(run.student, rows, run.compute_dtype)
         ends = [r.ends for r in rows]
         out = LOSSES['sft'](side, side, align(ends, ends), None)
