@@ -317,7 +317,8 @@ def train(
     if given.dry_run: return examined(config)
     if config.resume: print(f'resume   {config.output_dir}', flush=True)
     from opd_nb.training import loop
-    print_outcome(loop.train(config))
+    done = loop.train(config)
+    if not int(os.environ.get('RANK', 0)): print_outcome(done)  # of several processes, one writes
     return 0
 
 # %% ../../nbs/14_cli/05_app.ipynb #c026

@@ -7,7 +7,7 @@ __all__ = ['log', 'REASONS_SAID', 'WeightedMetrics', 'PER_POSITION', 'Scored', '
            'score', 'long_for_teacher', 'warn_of_teachers_context', 'warn_if_told_much', 'by_teacher',
            'continue_rollout', 'read_rollouts', 'AlignedBatch', 'read_and_align', 'as_continued', 'align_sides',
            'has_same_ids', 'align_each', 'comparison_metrics', 'distillation_loss', 'judge_advantages', 'judged_loss',
-           'fault_of', 'micro_batches']
+           'fault_of', 'micro_batches', 'batches_by_teacher']
 
 # %% ../../nbs/09_training/03_batch.ipynb #c003
 import logging
@@ -408,4 +408,18 @@ def micro_batches(
     for group in sorted(groups.values(), key=longest):
         if batches[-1] and len(batches[-1]) + len(group) > size: batches.append([])
         batches[-1] += group
+    return batches
+
+# %% ../../nbs/09_training/03_batch.ipynb #e7a1c002
+def batches_by_teacher(
+    run,                      # a `Run`, see `setup`
+    rollouts: list[Rollout],  # of this process
+) -> list[tuple[object, list[Rollout]]]:  # (teacher, rollouts in a micro-batch)
+    "The micro-batches of all teachers, one teacher after the other."
+    batches = []
+    for teacher, texts in by_teacher(run.teacher, rollouts):
+        judges = 'score' in teacher.capabilities.access
+        whole_groups = judges or run.config.score_weight == 'trajectory'
+        batches += [(teacher, rows)
+                    for rows in micro_batches(texts, run.micro_batch, whole_groups)]
     return batches

@@ -32,7 +32,9 @@ from ..core.files import damaged_files, move_into_place, write_checksums, write_
 from ..core.sources import read_yaml
 from ..core.types import Conversation, TEACHER_FIELDS
 from ..models.lm import LM, load_adapter_weights, merge_adapters
-from ..models.fsdp import gather_state, is_sharded, load_optimizer_state, load_sharded_weights
+from ..models.fsdp import (
+    gather_state, gather_weights, is_sharded, load_optimizer_state, load_sharded_adapters,
+    load_sharded_weights)
 from ..teachers.base import Teacher, as_teacher
 from ..monitor.run_log import read_log, explain_write_errors
 from .vllm_rollouts import VLLMRollouts, on_main_process
@@ -125,19 +127,20 @@ def save_student(
 ) -> Path:
     "Save student and tokenizer as `from_pretrained` loads them; with 'step-N' the run's state too."
     folder = run.config.output_dir / name
-    weights = gather_state(run.student.model.state_dict()) if is_sharded(run.student.model) else None
+    model, writes = run.student.model, run.state.is_main_process
+    weights = gather_weights(model, writes) if is_sharded(model) else None
     state = None
     if name.startswith('step-'):  # gathered by all processes
-        state = dict(optimizers=[gather_state(o.state_dict()) for o in run.optimizers],
-                     schedulers=[gather_state(s.state_dict()) for s in run.schedulers])
+        state = dict(optimizers=[gather_state(o.state_dict(), writes) for o in run.optimizers],
+                     schedulers=[s.state_dict() for s in run.schedulers])
         if followed := teacher_of(run).state(): state['teacher'] = followed
         if ahead := writer_of(run).state(run.step): state['written'] = ahead
-    if run.state.is_main_process:
+    if writes:
         part = folder.with_name(name + '.part')
         shutil.rmtree(part, ignore_errors=True)
         try:
             with explain_write_errors(folder):
-                run.student.model.save_pretrained(part, state_dict=weights)
+                model.save_pretrained(part, state_dict=weights)
                 run.student.codec.tok.save_pretrained(part)
                 (part / 'README.md').unlink(missing_ok=True)  # of peft, with a path of this machine
                 if state: torch.save(state | counters(run), part / 'run.pt')
@@ -312,7 +315,8 @@ def restore_weights(
 ):
     "Load the student's weights, or its adapters."
     if run.config.lora:
-        load_adapter_weights(run.student.model, str(folder))
+        load = load_sharded_adapters if is_sharded(run.student.model) else load_adapter_weights
+        load(run.student.model, str(folder))
     else:
         trust = run.config.trust_remote_code
         saved = LM.load(str(folder), device='cpu', trust_remote_code=trust)

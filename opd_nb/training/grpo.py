@@ -13,6 +13,7 @@ import torch
 from ..core.errors import BadInput
 from ..core.registry import Registry
 from ..core.types import Conversation, Rollout
+from ..models.fsdp import add_gradients, equal_passes
 from ..losses.grpo import group_advantages, grpo_loss
 from .batch import WeightedMetrics, micro_batches, read_rollouts
 from .methods import LossSum, MethodLoss, register_method
@@ -68,17 +69,18 @@ def grpo(
         raise BadInput('num_generations', c.num_generations,
                        'must be at least 2 for grpo: a completion is compared with the others of its prompt',
                        'Use --num-generations 8.')
-    if not rollouts: return MethodLoss(0., 0., 0, [])  # this process has none
     rewards = rewards_of(c.reward, rollouts)
     advantages = group_advantages(rewards, [r.conversation.key for r in rollouts])
     advantage_of = {id(r): a for r, a in zip(rollouts, advantages)}
-    losses = LossSum()
-    for rows in micro_batches(rollouts, run.micro_batch):
+    losses, model = LossSum(), run.student.model
+    batches = micro_batches(rollouts, run.micro_batch)
+    for rows in equal_passes(model, batches, backward=backward):
         side = read_rollouts(run.student, rows, run.compute_dtype)
         advantage = torch.stack([advantage_of[id(r)] for r in rows])
         out = grpo_loss(side, [r.ends for r in rows], advantage, kind, longest=c.max_new_tokens)
-        if backward: out.total.backward()
+        add_gradients(model, side.hidden, out.total, backward)
         losses.add(out)
+    if not rollouts: return losses.result              # this process has none
     silent = sum(a == 0 for a in advantages).item() / len(advantages)  # share without a gradient
     losses.metrics += [*reward_metrics(rewards), (len(rewards), dict(silent=silent))]
     return losses.result

@@ -29,7 +29,7 @@ from ..core.config import OPDConfig
 from ..core.distributed import all_reduce_sum, all_or_none, all_gather, process_state, set_gradients
 from ..core.folders import open_folder, remove_unused, unlock_folder
 from ..core.types import PositionChoice, Rollout
-from ..models.fsdp import clip_gradients
+from ..models.fsdp import add_gradients, clip_gradients, equal_passes
 from ..losses.positions import beginning
 from ..teachers.base import as_teacher
 from ..monitor.metrics import sample_faults, text_metrics
@@ -37,8 +37,8 @@ from ..monitor.run_log import log_event, explain_write_errors
 from ..monitor.trackers import Trackers
 from ..monitor.report import end_of_run, save_samples
 from .pairs import pair_of
-from .batch import (WeightedMetrics, by_teacher, distillation_loss, fault_of,
-                                   micro_batches, read_and_align, reads_own_ids, score)
+from .batch import (WeightedMetrics, batches_by_teacher, distillation_loss, fault_of,
+                                   read_and_align, reads_own_ids, score)
 from .grpo import reward_metrics, rewards_of
 from .methods import (
     LossSum, MethodLoss, Term, by_objective, get_method, register_method, sample_or_reference,
@@ -96,26 +96,29 @@ def distil(
     "Distil the teacher into the student on these rollouts, one micro-batch after the other."
     c, losses = run.config, LossSum()
     positions = PositionChoice.parse(c.positions if backward else 'all')
-    for teacher, texts in by_teacher(run.teacher, [beginning(positions, r) for r in rollouts]):
-        pair = pair_of(run.pairs, teacher)                   # its vocabulary and its loss
-        whole_groups = c.score_weight == 'trajectory' or 'score' in teacher.capabilities.access
-        for rows in micro_batches(texts, run.micro_batch, whole_groups):
-            asked = time.perf_counter()
-            own_ids = reads_own_ids(teacher, run.student.codec, pair.vocab)
-            scored = score(teacher, rows, own_ids)           # 2. signals, from the teacher
-            run.seconds['teacher'] += run.now() - asked
-            losses.metrics.append((1, scored.counts))
-            if not scored.rollouts: continue                 # none that it can read
-            # 3. alignment of its positions and the student's, on bytes
-            batch = read_and_align(run.student, scored.rollouts, scored.signals, pair.vocab,
-                                   run.compute_dtype)
-            # 4. loss, a sum over aligned chunks
-            loss, metrics = distillation_loss(batch, pair.loss, c.score_weight, c.min_teacher_logp,
-                                              c.max_groups, positions)
-            del scored, batch                                # frees the teacher's hidden states
-            # 5. backward: adds to `.grad`
-            if backward and loss.total.requires_grad: loss.total.backward()
-            losses.add(loss, metrics)
+
+    def scored_by(teacher, rows):
+        asked, pair = time.perf_counter(), pair_of(run.pairs, teacher)
+        own_ids = reads_own_ids(teacher, run.student.codec, pair.vocab)
+        scored = score(teacher, rows, own_ids)               # 2. signals, from the teacher
+        run.seconds['teacher'] += run.now() - asked
+        losses.metrics.append((1, scored.counts))
+        return (pair, scored) if scored.rollouts else None   # None: nothing that it can read
+
+    batches = batches_by_teacher(run, [beginning(positions, r) for r in rollouts])
+    for pair, scored in equal_passes(run.student.model, batches, lambda batch: scored_by(*batch),
+                                     backward):
+        # 3. alignment of its positions and the student's, on bytes
+        batch = read_and_align(run.student, scored.rollouts, scored.signals, pair.vocab,
+                               run.compute_dtype)
+        # 4. loss, a sum over aligned chunks
+        loss, metrics = distillation_loss(batch, pair.loss, c.score_weight, c.min_teacher_logp,
+                                          c.max_groups, positions)
+        hidden = batch.student.hidden
+        del scored, batch                                    # frees the teacher's hidden states
+        # 5. backward: adds to `.grad`
+        add_gradients(run.student.model, hidden, loss.total, backward)
+        losses.add(loss, metrics)
     return losses.result
 
 # %% ../../nbs/09_training/09_loop.ipynb #c009

@@ -26,7 +26,7 @@ from ..core.distributed import local_rows
 from ..alignment.chunks import align
 from ..models.lm import LM
 from ..models.memory import shape, generation_batch_size
-from ..models.fsdp import is_sharded, unsharded
+from ..models.fsdp import add_gradients, equal_passes, is_sharded, unsharded
 from ..losses.chunked import LossOutput
 from ..losses.registry import LOSSES
 from ..teachers.base import is_stored
@@ -297,12 +297,13 @@ def sft(
     backward: bool = True,    # add the gradients
 ) -> MethodLoss:
     "Cross-entropy of every token of the references. No teacher is needed."
-    losses = LossSum()
-    for rows in micro_batches(rollouts, run.micro_batch):
+    losses, model = LossSum(), run.student.model
+    batches = micro_batches(rollouts, run.micro_batch)
+    for rows in equal_passes(model, batches, backward=backward):
         side = read_rollouts(run.student, rows, run.compute_dtype)
         ends = [r.ends for r in rows]
         out = LOSSES['sft'](side, side, align(ends, ends), None)
-        if backward: out.total.backward()
+        add_gradients(model, side.hidden, out.total, backward)
         losses.add(out)
     return losses.result
 

@@ -34,7 +34,7 @@ from ..models.lm import (LM, merge_adapters, model_file, model_path, pick_device
                               weight_count)
 from ..models.memory import hub_token
 from ..models.optim import add_lora, make_optimizers, make_schedule
-from ..models.fsdp import fsdp_requested, shard
+from ..models.fsdp import check_fsdp_settings, fsdp_requested, shard
 from ..models.quantize import quantize_options
 from ..teachers.base import (as_teacher, describe, is_scored, is_self, is_stored,
                                   load_teacher)
@@ -218,7 +218,8 @@ def load_models(
     teacher=None,       # see `prepare`
 ) -> tuple[LM, object]: # student, teacher; None if the method needs none
     "Both models. The teacher comes first, unless it is made of the student."
-    extra = TeacherContext.of(config)
+    extra, divided = TeacherContext.of(config), fsdp_requested(state)
+    if divided: check_fsdp_settings(config)
     needed = teacher is None and config.method not in ('sft', 'grpo')
     is_own = needed and is_self(config.teacher)
     if needed and not is_own:
@@ -226,7 +227,7 @@ def load_models(
             teacher = load_teacher(config.teacher, config)
     torch.manual_seed(config.seed)
     student = load_student(config)
-    if fsdp_requested(state): shard(student.model, config, state)
+    if divided: shard(student.model, state)
     if is_own: teacher = load_teacher(config.teacher, config, student)
     return student, None if teacher is None else in_context(teacher, extra)
 

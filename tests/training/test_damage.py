@@ -181,12 +181,6 @@ def test_the_folder_of_pushed_weights_does_not_grow(tmp_path):
     assert left == ['notes', sampler.weights_name]
 
 
-def test_fsdp_names_what_it_refuses():
-    from opd_nb.models.fsdp import check_fsdp_settings
-    with pytest.raises(BadInput, match="teacher = 'tiny:,tiny:student'"): check_fsdp_settings(OPDConfig(_env_file=None, batch=2, teacher='tiny:,tiny:student'), 2)
-    with pytest.raises(BadInput, match="optimizer = 'muon'"): check_fsdp_settings(OPDConfig(_env_file=None, batch=2, optimizer='muon'), 2)
-
-
 @pytest.fixture
 def broken_teacher():
     "A backend whose numbers are NaN."
