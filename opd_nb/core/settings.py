@@ -71,7 +71,8 @@ Metric = Annotated[str, BeforeValidator(without_val)]
 class StudentSettings(BaseModel):
     "Who learns."
     student: str = setting('Qwen/Qwen2.5-0.5B-Instruct',
-        'Student: a Hub id, a local folder, or tiny: for the embedded one.', min_length=1)
+        'Student: a Hub id, a local folder, gguf: and a file or a repository, or tiny: for the '
+        'embedded one.', min_length=1)
     dtype: StudentDtype = setting('auto',
         'Number format of the student; auto is float32, or with adapters as for the teacher.')
     attention: Attention = setting('auto', 'Attention of the student; 1 means flash_attention_2.')

@@ -22,6 +22,7 @@ import opd_nb
 from ..core.errors import BadInput, printable
 from ..core.settings import SECRETS, Settings
 from ..core.sources import parse_yaml, read_yaml
+from ..models.gguf_student import gguf_of
 from ..models.lm import LM, load_config, model_file, merge_adapters, model_path
 from ..monitor.run_log import read_log
 from ..core.files import make_readable
@@ -86,6 +87,8 @@ def default_path(
     "Where an export goes if nobody says: beside the student's folder, or into this folder."
     folder = Path(student)
     if folder.is_dir(): return folder.with_name(f'{folder.name}-{ending}')
+    of_file = gguf_of(student)
+    if of_file: return Path(f"{Path(of_file.partition(':')[0]).stem}-{ending}")
     name = student.rpartition(':')[2].replace('/', '-') or 'student'
     return Path(f'{name}-{ending}')
 

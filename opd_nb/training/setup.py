@@ -35,6 +35,7 @@ from ..models.lm import (LM, merge_adapters, model_file, model_path, pick_device
 from ..models.memory import hub_token
 from ..models.optim import add_lora, make_optimizers, make_schedule
 from ..models.fsdp import fsdp_requested, shard
+from ..models.gguf_student import gguf_of
 from ..models.quantize import quantize_options
 from ..teachers.base import (as_teacher, describe, is_scored, is_self, is_stored,
                                   load_teacher)
@@ -113,11 +114,12 @@ def load_student(
     config: OPDConfig,
 ) -> LM:
     "The student, ready to be trained."
-    student = _load_model(config, config.student, None if _is_adapters(config) else config.quantize)
+    is_made_here = _is_adapters(config) or gguf_of(config.student) is not None
+    student = _load_model(config, config.student, None if is_made_here else config.quantize)
     if hasattr(student.model, 'merge_and_unload'):
         student = merge_adapters(student)
         student.model.requires_grad_(True)  # until now only its adapters could be trained
-        if config.lora: student = _saved_base(config, student)
+    if is_made_here and config.lora: student = _saved_base(config, student)
     if config.lora: student = replace(student, model=add_lora(student.model, config))
     if config.gradient_checkpointing:
         options = dict(use_reentrant=False)
@@ -141,7 +143,7 @@ def _load_model(config: OPDConfig, spec: str, bits: str | None) -> LM:
 
 
 def _saved_base(config: OPDConfig, student: LM) -> LM:
-    "A merged student as a base in the run's folder, for new adapters to name."
+    "A student that is no folder of its own as a base in the run's, for new adapters to name."
     state = process_state(config.device)
     folder = config.output_dir or Path(tempfile.mkdtemp())  # a look at a run has no folder
     base = folder / 'base'
