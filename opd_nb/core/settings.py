@@ -83,6 +83,9 @@ class StudentSettings(BaseModel):
         "Run the Python code that the student's repository brings.")
     template: Arguments = setting(None,
         'Arguments of the student\'s chat template, as JSON: {"enable_thinking": false}.')
+    chat_template: str | None = setting(None,
+        'Chat template for a student that has none, as a base model: plain, chatml, gemma, or a '
+        'file in Jinja. It is saved with the student.', min_length=1)
     hf_token: SecretStr | None = setting(None,
         'Hugging Face token, for gated models and for opd export --push.')
 

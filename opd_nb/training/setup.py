@@ -138,6 +138,7 @@ def _load_model(config: OPDConfig, spec: str, bits: str | None) -> LM:
     given = {k: v for k, v in options.items() if v is not None}
     all_weights = config.dtype == 'auto' and not config.lora
     dtype = 'float32' if all_weights else config.dtype  # small steps vanish in bfloat16 weights
+    if config.chat_template: given['chat_template'] = config.chat_template
     given |= quantize_options(bits, pick_dtype(dtype, pick_device(config.device)))
     return LM.load(spec, 'student', dtype, config.device, hub_token(config), config.template, **given)
 
@@ -353,10 +354,12 @@ def size_text(
 
 def codec_text(
     codec,       # `ChatCodec`; None if it is not known
+    chosen: str | None = None,   # the setting `chat_template`, for the student
 ) -> str:
     "Vocabulary and chat template of a model."
     if codec is None: return 'tokenizer unknown'
-    asked = 'chat template' if codec.tok.chat_template else 'no chat template: prompts go in bare'
+    asked = f"chat template{f' {chosen}' if chosen else ''}"
+    if not codec.tok.chat_template: asked = 'no chat template: prompts go in bare'
     return f'{len(codec.bytes):,} tokens ({codec.bytes.family}), {asked}'
 
 
@@ -364,7 +367,7 @@ def model_texts(
     run: Run,
 ) -> dict[str, str]:   # 'student' and, if there is one, 'teacher'; or 'teacher 1', 'teacher 2', …
     "The models in a line each."
-    parts = [run.config.student, size_text(run.student.model), codec_text(run.student.codec)]
+    parts = [run.config.student, size_text(run.student.model), codec_text(run.student.codec, run.config.chat_template)]
     texts = dict(student=', '.join(parts))
     if len(run.pairs) < 2: return texts | {'teacher': teacher_text(p) for p in run.pairs}
     taken = Counter()
