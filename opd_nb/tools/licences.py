@@ -6,7 +6,7 @@
 __all__ = ['UNSTATED', 'FRONT_MATTER', 'TITLES', 'local_file', 'licence_in_card', 'licence_in_text', 'licence_of',
            'teacher_licences', 'licence_text']
 
-# %% ../../nbs/11_tools/00_licences.ipynb #f779e0c3
+# %% ../../nbs/11_tools/00_licences.ipynb #90da135c
 import re
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from ..teachers.base import is_self, parse_specs
 
 UNSTATED = 'not stated; look it up before you share this'
 
-# %% ../../nbs/11_tools/00_licences.ipynb #6aa3370b
+# %% ../../nbs/11_tools/00_licences.ipynb #293073fb
 def local_file(
     spec: str,    # a model
     name: str,    # of a file beside its weights
@@ -75,7 +75,7 @@ def licence_of(
         if stated: return stated
     return ''
 
-# %% ../../nbs/11_tools/00_licences.ipynb #90ff3cd1
+# %% ../../nbs/11_tools/00_licences.ipynb #867ad73c
 def teacher_licences(
     spec: str,           # the setting `teacher`
 ) -> dict[str, str]:     # teacher -> licence, '' if it is not stated here
