@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 
 from ..core.errors import BadInput
-from ..core.text import short_number
 from ..core.types import Conversation
 from ..core.config import OPDConfig, require_teacher
 from ..alignment.chat import ChatCodec

@@ -10,7 +10,6 @@ __all__ = ['METRICS', 'CARD', 'StudentRun', 'run_settings', 'best_student', 'fin
 
 # %% ../../nbs/11_tools/05_export_hf.ipynb #c003
 import os
-import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
