@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
+from conftest import slow
 from opd_nb.cli.app import main
 from opd_nb.core.config import OPDConfig
 from opd_nb.core.errors import BadInput
@@ -70,6 +71,7 @@ def test_adapters_stand_on_a_base_in_the_folder_of_their_run(file, prompts, tmp_
     LM.load(str(done.student), device='cpu')
 
 
+@slow
 def test_adapters_may_name_a_file_as_their_base(file, prompts, tmp_path):
     done = train(config(file, prompts, tmp_path / 'run', lora=True), progress=False)
     path = done.student / 'adapter_config.json'
@@ -84,6 +86,7 @@ def test_the_doctor_examines_it(file, prompts, tmp_path):
     assert shape_of(f'gguf:{file}') == shape_of('tiny:student-bpe')
 
 
+@slow
 def test_it_chats_evaluates_and_is_exported(file, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(['chat', f'gguf:{file}', '--prompt', 'Make 24 from 11 4 17.', '--max-new-tokens', '8']) == 0
