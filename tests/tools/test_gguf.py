@@ -197,6 +197,16 @@ def test_a_distilled_student_answers_from_its_file_as_from_its_folder(tmp_path):
     assert same['f32'] == 150 and same['q8_0'] > 135 and solved > 5, (same, solved)
 
 
+@slow
+@pytest.mark.parametrize('name', ['llama', 'llama-sentencepiece', 'mistral', 'qwen2'])
+def test_a_file_becomes_the_folder_that_it_was_made_of(name, made, tmp_path, monkeypatch):
+    "As a student: the tokenizers of four families, whose files transformers reads with guesses."
+    monkeypatch.setenv('OPD_CACHE', str(tmp_path))
+    _, file, codec = made(name)
+    lm = LM.load(f'gguf:{file}', device='cpu')
+    for x in texts(): assert lm.codec.tok(x)['input_ids'] == codec.tok(x)['input_ids'], x
+
+
 @pytest.fixture(scope='session')
 def converter(tmp_path_factory):
     "llama.cpp's own converter, from the source distribution of llama-cpp-python, and what it imports besides."
