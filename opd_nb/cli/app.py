@@ -176,11 +176,14 @@ def data(
     flags.add_argument('data', help='a file as for opd train, or OWNER/NAME on the Hub')
     flags.add_argument('--student', metavar='ID', default='tiny:',
                        help='whose tokenizer and template to use [default tiny:]')
+    flags.add_argument('--chat-template', metavar='NAME',
+                       help='for a student that has none: plain, chatml, gemma or a file')
     flags.add_argument('--on-error', metavar='NAME', choices=('raise', 'skip'), default='raise',
                        help='of a bad row: end, or skip it and count it [default raise]')
     given = flags.parse_args(argv)
     from opd_nb.tools.data_view import describe_data
-    for topic, text in describe_data(given.data, given.student, given.on_error).items():
+    found = describe_data(given.data, given.student, given.on_error, given.chat_template)
+    for topic, text in found.items():
         print(f'{topic:10} {text}')
     return 0
 

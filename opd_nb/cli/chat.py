@@ -33,6 +33,9 @@ def chat_flags() -> 'Flags':
         help='of the sampling; 0 takes the most likely token [default 0]')
     add('--seed', metavar='N', type=int, default=0, help='of the sampling [default 0]')
     add('--device', metavar='NAME', default='auto', help='cpu, cuda, mps [default auto]')
+    add('--chat-template', metavar='NAME',
+        help='for models that have none: plain, chatml, gemma or a file [default: that of the run, '
+             'for the model that it began as]')
     return flags
 
 # %% ../../nbs/14_cli/04_chat.ipynb #w009
@@ -72,12 +75,14 @@ def run_chat(
                            f'Leave it out for {flags.get_default(name)}.')
     from opd_nb.core.config import OPDConfig
     from opd_nb.models.lm import LM
-    from opd_nb.tools.chat import ChatModel, converse, name_models
+    from opd_nb.tools.chat import ChatModel, began_as, converse, name_models
     config = OPDConfig()
     token = config.hf_token.get_secret_value() if config.hf_token else None
+    base, template = began_as(given.student)
     def load(spec):
+        chosen = given.chat_template or (template if spec == base else None)
         return ChatModel(LM.load(spec, 'student', device=given.device, token=token,
-                                 trust_remote_code=config.trust_remote_code))
+                                 trust_remote_code=config.trust_remote_code, chat_template=chosen))
     models = {name: load(spec) for name, spec in name_models(given.student, given.base).items()}
     converse(models, given.prompt or typed_lines(), check=check_countdown,
              max_new_tokens=given.max_new_tokens, temperature=given.temperature, seed=given.seed)

@@ -118,7 +118,8 @@ def run_eval(
     token = config.hf_token.get_secret_value() if config.hf_token else None
     results = evaluate(entries, tasks, options, config.eval_output_dir, judge=judge,
                        dtype=config.dtype, device=config.device, token=token,
-                       trust_remote_code=config.trust_remote_code)
+                       trust_remote_code=config.trust_remote_code,
+                       chat_template=config.chat_template)
     out = write_reports(results, config.eval_output_dir)
     print(f'{results}\n\nreport   {out / "report.html"}\nfigures  {out / "results.csv"}')
     return results.status

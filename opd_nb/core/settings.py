@@ -71,7 +71,8 @@ Metric = Annotated[str, BeforeValidator(without_val)]
 class StudentSettings(BaseModel):
     "Who learns."
     student: str = setting('Qwen/Qwen2.5-0.5B-Instruct',
-        'Student: a Hub id, a local folder, or tiny: for the embedded one.', min_length=1)
+        'Student: a Hub id, a local folder, gguf: and a file or a repository, or tiny: for the '
+        'embedded one.', min_length=1)
     dtype: StudentDtype = setting('auto',
         'Number format of the student; auto is float32, or with adapters as for the teacher.')
     attention: Attention = setting('auto', 'Attention of the student; 1 means flash_attention_2.')
@@ -82,6 +83,9 @@ class StudentSettings(BaseModel):
         "Run the Python code that the student's repository brings.")
     template: Arguments = setting(None,
         'Arguments of the student\'s chat template, as JSON: {"enable_thinking": false}.')
+    chat_template: str | None = setting(None,
+        'Chat template for a student that has none, as a base model: plain, chatml, gemma, or a '
+        'file in Jinja. It is saved with the student.', min_length=1)
     hf_token: SecretStr | None = setting(None,
         'Hugging Face token, for gated models and for opd export --push.')
 

@@ -96,8 +96,8 @@ def teacher_spec(
 
 # %% ../../nbs/01_core/05_sources.ipynb #37988657
 # with our prefix, and not settings
-OUR_KEYS = ('OPD_CACHE', 'OPD_REAL_DATA', 'OPD_RENEW', 'OPD_SERVE_KEY', 'OPD_SLOW',
-            'OPD_VLLM_PYTHON')
+OUR_KEYS = ('OPD_CACHE', 'OPD_LLAMA_CPP', 'OPD_REAL_DATA', 'OPD_REAL_MODELS', 'OPD_RENEW',
+            'OPD_SERVE_KEY', 'OPD_SLOW', 'OPD_VLLM_PYTHON')
 
 def edit_distance(
     a: str,

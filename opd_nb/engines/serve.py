@@ -262,7 +262,7 @@ def student_of(
     token = secret_value(config.hf_token)
     options = token, config.revision, config.trust_remote_code
     source = Source(config.student, 'student', model_path(config.student, 'student'), *options)
-    tok = load_tokenizer(source, config.template)
+    tok = load_tokenizer(source, config.template, config.chat_template)
     text = load_config(config.student, 'student', *options).get_text_config()
     base = adapter_base(source.path, token, config.revision)
     file = model_file(base[0], 'generation_config.json', token, base[1])

@@ -88,7 +88,7 @@ def of_run(
     "The students that a run left behind, with the one it began with."
     folder = expanded(folder)
     config = settings_of_run(folder)
-    given = {k: config[k] for k in ('template', 'revision') if config.get(k)}  # trust is the command line's to give
+    given = {k: config[k] for k in ('template', 'chat_template', 'revision') if config.get(k)}  # trust is the command line's to give
     saved = saved_students(folder)
     numbers = {n: int(m[1]) for n in saved if (m := re.fullmatch(r'step-(\d+)', n))}
     steps = {n: numbers[n] for n in sorted(numbers, key=numbers.get)}

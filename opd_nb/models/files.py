@@ -58,6 +58,7 @@ def adapter_base(
         raise BadInput('base_model_name_or_path', base,
                        f'must name the model that the adapters of {path} stand on',
                        'Write its Hub id or folder into adapter_config.json.')
+    if base.startswith('gguf:'): return model_path(base), None
     if base.startswith(('.', '/', '~')) and not is_folder(base):
         raise BadInput('base_model_name_or_path', base,
                        f'is a folder that is not there; the adapters of {path} stand on it',

@@ -46,7 +46,7 @@ def quant_rank(
 ) -> int:         # place in `QUANTS`
     "The order of a quantisation by size. Raises `BadInput` for an unknown one."
     if quant.upper() not in QUANTS:
-        raise BadInput('teacher_preferred_quant', quant, 'must be one of ' + ', '.join(QUANTS),
+        raise BadInput('quantization', quant, 'must be one of ' + ', '.join(QUANTS),
                        'Q4_K_M is the usual one.')
     return QUANTS.index(quant.upper())
 
@@ -96,7 +96,8 @@ HUB_SPEC = (
     r'(?:/(?P<file>.+\.gguf))?(?:\?.*)?')
 
 def find_file(
-    spec: str,                  # file, folder, USER/REPO, USER/REPO/FILE.gguf or its address
+    spec: str,                  # file, folder, USER/REPO, USER/REPO/FILE.gguf or its address; the
+                                # second and third may end in a quantisation, as in :Q8_0
     wanted: str = 'Q4_K_M',     # see `choose_file`
     token: str | None = None,   # Hugging Face token
     cache_dir: str | None = None, # of the Hub's downloads; the usual one if not set
@@ -104,6 +105,10 @@ def find_file(
     "The GGUF file that a spec means, downloaded if necessary."
     local = expanded(spec)
     if local.is_file(): return local
+    if named := re.fullmatch(r'([^:]+):(\w+)', spec):
+        quant_rank(named[2])
+        spec, wanted = named.groups()
+        local = expanded(spec)
     if local.is_dir():
         names = sorted(p.name for p in local.glob('*.gguf'))
         return local / choose_file(names, wanted, spec)

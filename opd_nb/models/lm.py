@@ -6,8 +6,8 @@
 __all__ = ['SCALES', 'SCALES_OF', 'SOFT_CAPS', 'MERGE_TOLERANCE', 'MERGE_TOLERANCE_OTHERWISE', 'pick_device', 'pick_dtype',
            'config_value', 'logit_scale', 'head_of', 'read', 'head_matches', 'unpacked_part', 'weight_count',
            'weights_finite', 'logits_finite', 'with_beginning', 'set_template_arguments', 'load_tokenizer',
-           'prepare_packed', 'load_weights', 'check_model', 'LM', 'log_probabilities', 'merge_adapters',
-           'plain_generation']
+           'prepare_packed', 'load_weights', 'check_model', 'stop_at_end_of_turn', 'LM', 'log_probabilities',
+           'merge_adapters', 'plain_generation']
 
 # %% ../../nbs/03_models/03_lm.ipynb #c003
 import math
@@ -20,6 +20,7 @@ import torch
 from ..core.errors import BadInput
 from ..core.types import Head
 from ..alignment.chat import ChatCodec
+from ..alignment.templates import set_chat_template
 from opd_nb.models.files import (  # noqa: F401; some for those who look for them here
     Source, adapter_base, base_model, check_tokens, explain_load_errors, first_line, load_adapters,
     load_adapter_weights, load_config, load_whole, model_file, model_path, tiny_folder,
@@ -175,6 +176,7 @@ def set_template_arguments(
 def load_tokenizer(
     source: Source,
     template: dict[str, object] | None = None, # arguments of its chat template
+    chat_template: str | None = None,          # one for it, see `templates.read_template`
 ):                           # transformers tokenizer
     "The tokenizer of a model, or that of the base of adapters."
     from transformers import AutoTokenizer
@@ -182,7 +184,7 @@ def load_tokenizer(
         where = source.at(*tokenizer_path(source.path, source.token, source.revision))
     with explain_load_errors(where):
         tok = AutoTokenizer.from_pretrained(where.path, **where.hub)
-    return set_template_arguments(tok, template)
+    return set_template_arguments(set_chat_template(tok, chat_template), template)
 
 def prepare_packed(
     model,       # perhaps packed by bitsandbytes
@@ -236,6 +238,16 @@ def check_model(
                    'Its logits are more than hidden states times a matrix; '
                    'please report the model.')
 
+# %% ../../nbs/03_models/03_lm.ipynb #da6677a2
+def stop_at_end_of_turn(
+    model,               # transformers or peft causal LM
+    codec: ChatCodec,    # its own
+):
+    "Let the model's generation config name the token that ends a turn, for whoever loads it later."
+    end, config = codec.markers.end, base_model(model).generation_config
+    named = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    if end is not None and end not in named: config.eos_token_id = [*codec.stop_ids]
+
 # %% ../../nbs/03_models/03_lm.ipynb #c026
 @dataclass(frozen=True)
 class LM:
@@ -254,6 +266,7 @@ class LM:
         template: dict[str, object] | None = None, # arguments of its chat template
         revision: str | None = None,               # branch, tag or commit
         trust_remote_code: bool = False,           # run the Python code in its folder
+        chat_template: str | None = None,          # one for it, see `templates.read_template`
         **options,             # of `from_pretrained`, such as device_map
     ) -> 'LM':
         """Load a model and its codec; adapters on top of their base.
@@ -266,7 +279,7 @@ class LM:
         path, device = model_path(spec, role), pick_device(device)
         source = Source(spec, role, path, token, revision, bool(trust_remote_code))
         announce_download(path, revision, token)
-        tok = load_tokenizer(source, template)
+        tok = load_tokenizer(source, template, chat_template)
         with explain_load_errors(source):
             model = load_weights(source, pick_dtype(dtype, device), device, options)
         check_tokens(tok, model, source)
@@ -274,7 +287,9 @@ class LM:
         eos, width = model.generation_config.eos_token_id, head_of(model).width
         named = eos if isinstance(eos, (list, tuple)) else [eos]
         stop_ids = [i for i in named if type(i) is int and 0 <= i < width]
-        return cls(model, ChatCodec(tok, stop_ids, width), path)
+        codec = ChatCodec(tok, stop_ids, width)
+        if chat_template: stop_at_end_of_turn(model, codec)
+        return cls(model, codec, path)
 
     @property
     def device(self) -> torch.device: return head_of(self.model).weight.device

@@ -168,7 +168,7 @@ def register_teacher(
 
 # %% ../../nbs/06_teachers/01_base.ipynb #c012
 SEPARATOR = re.compile(r',(?=[a-z_]+:)')
-WEIGHTED_SPEC = re.compile(r'(self:ema@[\d.]+|.*?)(?:@((?!0\d)\d{1,3}(?:\.\d+)?|\.\d+))?')
+WEIGHTED_SPEC = re.compile(r'(self:ema@[\d.]+|.*?)(?:@((?!0\d)\d{1,3}(?:\.\d+)?|\.\d+))?', re.S)
 
 def is_self(
     spec: str | list,    # see `parse_specs`

@@ -168,7 +168,7 @@ def _load_alone(config: OPDConfig) -> HFTeacher:
     dtype = pick_dtype(config.teacher_dtype, pick_device(config.device))
     lm = LM.load(config.student, 'student', config.teacher_dtype, config.device,
                  secret_value(config.hf_token), config.template, config.revision,
-                 config.trust_remote_code, **quantize_options(config.quantize, dtype))
+                 config.trust_remote_code, config.chat_template, **quantize_options(config.quantize, dtype))
     return HFTeacher(lm, config.micro_batch)
 
 @register_teacher('self')

@@ -23,9 +23,11 @@ MAX_MEASURED = 2000  # rows whose tokens are counted
 
 def student_codec(
     student: str,   # a student, see `model_path`
+    chat_template: str | None = None,  # one for it, see `templates.read_template`
 ) -> ChatCodec:
     "The tokenizer and the template of a model, without its weights."
-    return ChatCodec(load_tokenizer(Source(student, 'student', model_path(student))))
+    source = Source(student, 'student', model_path(student))
+    return ChatCodec(load_tokenizer(source, chat_template=chat_template))
 
 def length_text(
     lengths: Sequence[int],   # tokens
@@ -69,9 +71,10 @@ def describe_data(
     data: str,                  # a file, or OWNER/NAME on the Hub
     student: str = 'tiny:',     # whose tokenizer and template are used
     on_error: str = 'raise',    # see `load_conversations`
+    chat_template: str | None = None,  # see `student_codec`
 ) -> dict[str, str]:            # topic -> what was found
     "What a data set holds."
-    rows, codec = load_conversations(data, on_error), student_codec(student)
+    rows, codec = load_conversations(data, on_error), student_codec(student, chat_template)
     measured = rows[:MAX_MEASURED]
     answered = [c for c in rows if c.has_reference]
     replies = [len(codec.write(c.reference.encode())[0]) for c in measured if c.has_reference]

@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['TEXT', 'data_line', 'reward_line', 'LocalModels', 'local_models', 'memory_lines', 'memory_remedy', 'teacher_lines',
-           'measure_one', 'cost_line', 'pair_lines', 'share_lines', 'tokenizer_line', 'loss_line', 'probe_lines',
-           'time_line', 'tokens_line', 'dollars_line', 'examine', 'check_data', 'check_memory', 'check_student',
-           'check_teacher']
+           'measure_one', 'cost_line', 'pair_lines', 'share_lines', 'tokenizer_line', 'loss_line', 'template_lines',
+           'examine', 'check_data', 'check_memory', 'check_student', 'check_teacher']
 
 # %% ../../nbs/11_tools/04_doctor.ipynb #c003
 import random
@@ -19,7 +18,6 @@ from typing import Any
 import numpy as np
 
 from ..core.errors import BadInput
-from ..core.text import short_number
 from ..core.types import Conversation
 from ..core.config import OPDConfig, require_teacher
 from ..alignment.chat import ChatCodec
@@ -36,12 +34,13 @@ from ..data.formats import load_conversations
 from ..training.pairs import loss_for
 from ..training.methods import FROM_REFERENCES, get_method
 from ..training.grpo import REWARDS
-from ..training.setup import load_student, with_steps
+from ..training.setup import codec_text, load_student, with_steps
 from .machine import (Line, about, attempt, device_line, disk_line, folder_line, package_lines,
                                   python_line)
 from .inspect_step import (
-    Models, choose_prompt, context_lines, load_pair, longest_prompt)
-from .trial import RolloutCost, duration, is_hosted, overlap_line, probe
+    choose_prompt, context_lines, load_pair, longest_prompt)
+from .licences import licence_text
+from .trial import is_hosted, probe_lines
 
 # %% ../../nbs/11_tools/04_doctor.ipynb #c009
 def data_line(
@@ -279,71 +278,18 @@ def loss_line(
     others = ', '.join(x for x in fits if x != name)
     return Line('ok', 'loss', f'{name} fits{chosen}; so do {others}')
 
-# %% ../../nbs/11_tools/04_doctor.ipynb #c028
-def probe_lines(
-    models: Models,
-    prompts: list[Conversation],
-    reply_seconds: float = 0.,  # of one reply of a hosted teacher
-) -> list[Line]:                # time, tokens, dollars, overlap
-    "What a run will take, and how far apart the two models are."
-    c, p = models.config, probe(models, prompts)
-    asking = reply_seconds / c.teacher_concurrency if is_hosted(models.teacher) else 0.
-    validations = 1 + c.max_steps // c.eval_every
-    validated = validations * min(c.val_max_samples, round(len(prompts) * c.val_fraction))
-    lines = [time_line(c, p, asking, validated), tokens_line(c, p), dollars_line(c, p, validated)]
-    if 'overlap' in p.metrics: lines.append(overlap_line(p.metrics))
-    return lines
-
-
-def time_line(
-    c: OPDConfig,
-    p: RolloutCost,
-    asking: float,    # seconds for one rollout, at a hosted teacher
-    validated: int,   # rollouts of all validations
-) -> Line:
-    "How long a step and the run will take."
-    n = c.batch * c.num_generations
-    step = n * (p.sampling + p.training + asking)
-    total = step * c.max_steps + validated * step / n
-    second = ('asking', asking) if asking else ('scoring and learning', p.training)
-    parts = (f'{what} {short_number(n * seconds)}' for what, seconds in (('writing', p.sampling), second))
-    text = (f'{short_number(step)} s a step of {n} rollouts ({", ".join(parts)}), '
-            f'{c.max_steps} steps in {duration(total)}, from {p.rollouts} rollouts')
-    if total <= 86400: return Line('ok', 'time', text)
-    return Line('warning', 'time', text,
-                'Lower --max-new-tokens or --max-steps, or use a faster device.')
-
-
-def tokens_line(
-    c: OPDConfig,
-    p: RolloutCost,
-) -> Line:
-    "How long rollouts are, and how many are truncated."
-    tokens = c.batch * c.num_generations * c.max_steps * p.tokens
-    text = (f'{p.tokens:.0f} a rollout, {p.truncated:.0%} of them cut by the limit of '
-            f'{c.max_new_tokens}; {tokens:,.0f} in the run')
-    if p.truncated <= .9: return Line('ok', 'tokens', text)
-    return Line('warning', 'tokens', text,
-                'Nearly none ends by itself: look at one with opd step, '
-                'then raise --max-new-tokens.')
-
-
-def dollars_line(
-    c: OPDConfig,
-    p: RolloutCost,
-    validated: int,   # rollouts of all validations
-) -> Line:
-    "What a run costs, against the spending limit."
-    if p.dollars is None:
-        return Line('warning', 'dollars', 'price unknown',
-                    'Set TEACHER_PRICE=0.04,0.10, dollars for a million tokens read and written.')
-    dollars = p.dollars * (c.batch * c.num_generations * c.max_steps + validated)
-    limit = c.teacher_max_dollars
-    text = f'${dollars:.2f} for the run' + (f', the cap is ${limit:g}' if limit else '')
-    if not limit or dollars <= limit: return Line('ok', 'dollars', text)
-    last_step = int(c.max_steps * limit / dollars)
-    return Line('warning', 'dollars', text, f'The run will pause near step {last_step}; '
-                'raise TEACHER_MAX_DOLLARS, or lower --max-steps.')
+# %% ../../nbs/11_tools/04_doctor.ipynb #5de7eaf7
+def template_lines(
+    student: ChatCodec,
+    teacher,            # see `load_teacher`
+) -> list[Line]:        # none if there is nothing to say
+    "Whether a student without a chat template learns from a teacher that has one."
+    def has_template(codec): return bool(getattr(getattr(codec, 'tok', None), 'chat_template', None))
+    if has_template(student): return []
+    if not any(has_template(one.codec) for _, one in members(teacher)): return []
+    return [Line('warning', 'template', 'the teacher has a chat template and the student has none, so '
+                 'its prompts go in bare', '--chat-template plain gives it one, which is saved with '
+                 'it; leave it out for a student that is to continue texts.')]
 
 # %% ../../nbs/11_tools/04_doctor.ipynb #c035
 def examine(
@@ -367,10 +313,12 @@ def examine(
     def compare():
         lines = context_lines(teacher, config, prompts)
         if config.data: lines += share_lines(teacher, prompts)
+        lines += template_lines(student.codec, teacher)
         for who, one in members(teacher):
             lines += about(who, pair_lines(student.codec, one, config))
         return lines
 
+    yield Line('ok', 'licences', licence_text(config.student, config.teacher))
     lines, wrong = attempt('pair', compare)
     yield from lines or wrong
     if wrong or any(line.level == 'stop' for line in lines): return
@@ -417,8 +365,8 @@ def check_student(
 ) -> Generator[Line, None, LM | None]:  # returns the student
     "Whether the student can be loaded."
     student, wrong = attempt('student', lambda: load_student(config))
-    tokens = student and student.codec.bytes
-    yield from wrong or [Line('ok', 'student', f'{len(tokens)} tokens, {tokens.family}')]
+    found = codec_text(student and student.codec, config.chat_template)
+    yield from wrong or [Line('ok', 'student', found)]
     return student
 
 

@@ -74,6 +74,7 @@ def required_packages(
     def extra(name): return f'pip install "opd_nb[{name}]"'
     packages = dict.fromkeys(BASE, 'pip install opd_nb')
     if 'gguf:' in config.teacher: packages['llama-cpp-python'] = extra('gguf')
+    if config.student.startswith('gguf:'): packages['gguf'] = extra('gguf')
     if config.quantize or config.teacher_quantize: packages['bitsandbytes'] = extra('quantize')
     for tracker in (config.track or '').split(','):
         if tracker.strip(): packages[tracker.strip()] = extra('track')

@@ -76,8 +76,9 @@ class Order:
     def name(self) -> str:
         "Equal for equal commands."
         texts = [c for part in self.prompts for c in part]
+        chosen = filter(None, [self.config.chat_template])  # older parts have none
         return settings_hash(self.config, WRITING if self.by_student else (), self.asked,
-                             data_hash(texts), str(self.by_student), str(len(self.prompts)))
+                             data_hash(texts), str(self.by_student), str(len(self.prompts)), *chosen)
 
 # %% ../../nbs/11_tools/09_score.ipynb #c007
 def check_order(

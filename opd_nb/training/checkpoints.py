@@ -6,8 +6,8 @@
 __all__ = ['log', 'COUNTERS', 'STATE', 'FIXED_SETTINGS', 'data_hash', 'Monitored', 'counters', 'set_counters', 'earlier_settings',
            'teacher_of', 'writer_of', 'save_student', 'checkpoints', 'newest_checkpoint', 'load_state', 'problem_of',
            'intact_checkpoint', 'check_unchanged', 'check_resumable', 'check_same_data', 'resume_run', 'write_log',
-           'save_records', 'load_checkpoint', 'restore_weights', 'load_optimizers', 'resume_command', 'StopRequest',
-           'stop_if_asked', 'lost_steps', 'save_merged']
+           'save_records', 'load_checkpoint', 'check_same_template', 'restore_weights', 'load_optimizers',
+           'resume_command', 'StopRequest', 'stop_if_asked', 'lost_steps', 'save_merged']
 
 # %% ../../nbs/09_training/06_checkpoints.ipynb #h003
 import hashlib
@@ -302,11 +302,25 @@ def load_checkpoint(
     "Load weights, optimizers, schedules and counters of a checkpoint into a run."
     saved = load_state(folder)
     check_same_data(run, saved)
+    check_same_template(run, folder)
     restore_weights(run, folder)
     teacher_of(run).load_state(saved.get('teacher', {}))
     if run.config.staleness: writer_of(run).kept = saved.get('written', {})
     load_optimizers(run, saved)
     set_counters(run, saved)
+
+
+def check_same_template(
+    run,           # a `Run`, see `setup`
+    folder: Path,  # a complete checkpoint
+):
+    "Refuse another chat template than the one that was chosen when the run began."
+    chosen, template = run.config.chat_template, run.student.codec.tok.chat_template
+    file = folder / 'chat_template.jinja'
+    saved = file.read_text(encoding='utf-8') if file.is_file() else None
+    if template == saved or template and not chosen: return
+    raise BadInput('chat_template', chosen, 'is not the template that the run was trained with',
+                   f'Leave it as it was; the template is in {file}.' if saved else 'Leave it out.')
 
 
 def restore_weights(

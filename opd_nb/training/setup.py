@@ -35,6 +35,7 @@ from ..models.lm import (LM, merge_adapters, model_file, model_path, pick_device
 from ..models.memory import hub_token
 from ..models.optim import add_lora, make_optimizers, make_schedule
 from ..models.fsdp import check_fsdp_settings, fsdp_requested, shard
+from ..models.gguf_student import gguf_of
 from ..models.quantize import quantize_options
 from ..teachers.base import (as_teacher, describe, is_scored, is_self, is_stored,
                                   load_teacher)
@@ -113,11 +114,12 @@ def load_student(
     config: OPDConfig,
 ) -> LM:
     "The student, ready to be trained."
-    student = _load_model(config, config.student, None if _is_adapters(config) else config.quantize)
+    is_made_here = _is_adapters(config) or gguf_of(config.student) is not None
+    student = _load_model(config, config.student, None if is_made_here else config.quantize)
     if hasattr(student.model, 'merge_and_unload'):
         student = merge_adapters(student)
         student.model.requires_grad_(True)  # until now only its adapters could be trained
-        if config.lora: student = _saved_base(config, student)
+    if is_made_here and config.lora: student = _saved_base(config, student)
     if config.lora: student = replace(student, model=add_lora(student.model, config))
     if config.gradient_checkpointing:
         options = dict(use_reentrant=False)
@@ -136,12 +138,13 @@ def _load_model(config: OPDConfig, spec: str, bits: str | None) -> LM:
     given = {k: v for k, v in options.items() if v is not None}
     all_weights = config.dtype == 'auto' and not config.lora
     dtype = 'float32' if all_weights else config.dtype  # small steps vanish in bfloat16 weights
+    if config.chat_template: given['chat_template'] = config.chat_template
     given |= quantize_options(bits, pick_dtype(dtype, pick_device(config.device)))
     return LM.load(spec, 'student', dtype, config.device, hub_token(config), config.template, **given)
 
 
 def _saved_base(config: OPDConfig, student: LM) -> LM:
-    "A merged student as a base in the run's folder, for new adapters to name."
+    "A student that is no folder of its own as a base in the run's, for new adapters to name."
     state = process_state(config.device)
     folder = config.output_dir or Path(tempfile.mkdtemp())  # a look at a run has no folder
     base = folder / 'base'
@@ -352,10 +355,12 @@ def size_text(
 
 def codec_text(
     codec,       # `ChatCodec`; None if it is not known
+    chosen: str | None = None,   # the setting `chat_template`, for the student
 ) -> str:
     "Vocabulary and chat template of a model."
     if codec is None: return 'tokenizer unknown'
-    asked = 'chat template' if codec.tok.chat_template else 'no chat template: prompts go in bare'
+    asked = f"chat template{f' {chosen}' if chosen else ''}"
+    if not codec.tok.chat_template: asked = 'no chat template: prompts go in bare'
     return f'{len(codec.bytes):,} tokens ({codec.bytes.family}), {asked}'
 
 
@@ -363,7 +368,7 @@ def model_texts(
     run: Run,
 ) -> dict[str, str]:   # 'student' and, if there is one, 'teacher'; or 'teacher 1', 'teacher 2', …
     "The models in a line each."
-    parts = [run.config.student, size_text(run.student.model), codec_text(run.student.codec)]
+    parts = [run.config.student, size_text(run.student.model), codec_text(run.student.codec, run.config.chat_template)]
     texts = dict(student=', '.join(parts))
     if len(run.pairs) < 2: return texts | {'teacher': teacher_text(p) for p in run.pairs}
     taken = Counter()

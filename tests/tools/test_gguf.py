@@ -35,7 +35,10 @@ SHAPES = {  # transformers' class and what is special about it; the tokenizer in
     'mistral': ('Mistral', 'mistral_v3', dict(head_dim=32, rope_parameters=YARN)),
     'qwen2': ('Qwen2', 'qwen2', dict(tie_word_embeddings=True)),
     'qwen3': ('Qwen3', 'qwen2', dict(head_dim=32)),
+    'gemma3': ('Gemma3', None, dict(head_dim=32, query_pre_attn_scalar=32, num_hidden_layers=7, sliding_window=64,
+                                    tie_word_embeddings=True)),
 }
+COMPARED = [name for name in SHAPES if name != 'gemma3']  # of Gemma the official converter wants a tokenizer.model
 ENDS = {'llama3': ('<|begin_of_text|>', '<|end_of_text|>'), 'llama2': ('<s>', '</s>'), 'mistral_v3': ('<s>', '</s>')}
 
 
@@ -46,8 +49,9 @@ def model(name, tok):
     sizes = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
                  intermediate_size=96, max_position_embeddings=256, vocab_size=len(tok) + 7)
     torch.manual_seed(0)
-    config = getattr(transformers, f'{family}Config')(
-        bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id, pad_token_id=None, **sizes, **special)
+    kind = dict(Gemma3='Gemma3Text').get(family, family)
+    config = getattr(transformers, f'{kind}Config')(
+        bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id, pad_token_id=None, **(sizes | special))
     m = getattr(transformers, f'{family}ForCausalLM')(config).eval()
     for key, p in m.named_parameters(): torch.nn.init.normal_(p, float('norm' in key), .2 if p.ndim == 1 else .1)
     return m
@@ -94,17 +98,25 @@ def texts():
     return out
 
 
+class HalfGELU(torch.nn.Module):
+    "The activation as llama.cpp computes it, from a table in float16."
+    def forward(self, x): return torch.nn.functional.gelu(x.half().float(), approximate='tanh').half().float()
+
+
 @pytest.mark.parametrize('name', SHAPES)
 def test_llama_cpp_computes_what_transformers_computes(name, tmp_path):
     "Every shape with an embedded tokenizer, on a sequence that is longer than the original context of the stretched ones."
     from transformers import AutoTokenizer
-    tok = AutoTokenizer.from_pretrained(tiny_folder('student' if 'sentencepiece' in name or name == 'mistral' else 'teacher'))
+    tok = AutoTokenizer.from_pretrained(tiny_folder('student' if 'sentencepiece' in name or name in ('mistral', 'gemma3') else 'teacher'))
     m, rng = model(name, tok), random.Random(0)
     ids = [rng.randrange(len(tok)) for _ in range(200)]
-    with torch.no_grad(): theirs = m(torch.tensor([ids])).logits[0].log_softmax(-1)
     reader = Reader(export_gguf(LM(m, ChatCodec(tok), name), tmp_path / 'x.gguf', 'f32'))
     mine = torch.from_numpy(np.concatenate([r.copy() for r in reader.rows(ids, 0)])).log_softmax(-1)
-    torch.testing.assert_close(mine, theirs, atol=2e-4, rtol=0)
+    if name == 'gemma3':
+        for layer in m.model.layers: layer.mlp.act_fn = HalfGELU()
+    with torch.no_grad(): theirs = m(torch.tensor([ids])).logits[0].log_softmax(-1)
+    torch.testing.assert_close(mine, theirs, atol=.02 if name == 'gemma3' else 2e-4, rtol=0)
+    torch.testing.assert_close(mine[0], theirs[0], atol=2e-4, rtol=0)  # before such differences add up
     assert theirs.std(0).mean() > .1, 'a model that says the same everywhere would prove nothing'
 
 
@@ -185,6 +197,16 @@ def test_a_distilled_student_answers_from_its_file_as_from_its_folder(tmp_path):
     assert same['f32'] == 150 and same['q8_0'] > 135 and solved > 5, (same, solved)
 
 
+@slow
+@pytest.mark.parametrize('name', ['qwen2'])
+def test_a_file_becomes_the_folder_that_it_was_made_of(name, made, tmp_path, monkeypatch):
+    "As a student: with a real tokenizer, which transformers reads from a file with guesses."
+    monkeypatch.setenv('OPD_CACHE', str(tmp_path))
+    _, file, codec = made(name)
+    lm = LM.load(f'gguf:{file}', device='cpu')
+    for x in texts(): assert lm.codec.tok(x)['input_ids'] == codec.tok(x)['input_ids'], x
+
+
 @pytest.fixture(scope='session')
 def converter(tmp_path_factory):
     "llama.cpp's own converter, from the source distribution of llama-cpp-python, and what it imports besides."
@@ -213,7 +235,7 @@ def contents(path):
 
 @slow
 @pytest.mark.parametrize('kind', ['f32', 'f16'])
-@pytest.mark.parametrize('name', SHAPES)
+@pytest.mark.parametrize('name', COMPARED)
 def test_files_equal_the_official_converters(name, kind, made, converter, tmp_path):
     import os
     folder, _, codec = made(name)
@@ -241,6 +263,30 @@ def test_files_equal_the_official_converters(name, kind, made, converter, tmp_pa
     extra = {k for k in named(mine) if k not in keys}
     assert extra <= {'tokenizer.ggml.add_space_prefix'}, extra
     assert named(keys) == {k: v for k, v in named(mine).items() if k not in extra}
+
+
+@slow
+def test_the_official_converter_writes_what_is_not_written_here(converter, tmp_path, monkeypatch):
+    "A family that is unknown here, with a tokenizer that llama.cpp knows."
+    from transformers import Olmo2Config, Olmo2ForCausalLM
+    tok = tokenizer('qwen2')
+    torch.manual_seed(0)
+    m = Olmo2ForCausalLM(Olmo2Config(
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=96,
+        max_position_embeddings=256, vocab_size=len(tok), bos_token_id=None, eos_token_id=tok.eos_token_id)).eval()
+    for p in m.parameters(): torch.nn.init.normal_(p, float(p.ndim == 1), .2 if p.ndim == 1 else .1)
+    lm = LM(m, ChatCodec(tok), 'small-olmo')
+    with pytest.raises(BadInput, match='olmo2') as e: export_gguf(lm, tmp_path / 'x.gguf', 'f32')
+    assert 'OPD_LLAMA_CPP' in e.value.remedy and not list(tmp_path.iterdir())
+    script, more = converter
+    monkeypatch.setenv('OPD_LLAMA_CPP', str(script.parent))
+    monkeypatch.setenv('PYTHONPATH', str(more), prepend=':')
+    file = export_gguf(lm, tmp_path / 'x.gguf', 'f32')
+    ids = tok('Make 31 from 3 7 10. Say how.')['input_ids']
+    assert Vocabulary(file).tokenize('Make 31 from 3 7 10. Say how.') == ids
+    with torch.no_grad(): theirs = m(torch.tensor([ids])).logits[0].log_softmax(-1)
+    mine = torch.from_numpy(np.concatenate([x.copy() for x in Reader(file).rows(ids, 0)])).log_softmax(-1)
+    torch.testing.assert_close(mine, theirs, atol=2e-4, rtol=0)
 
 
 @slow
