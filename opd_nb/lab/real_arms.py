@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Shuffled', 'shared_words', 'variety', 'ScoredSample', 'nats_per_byte', 'score_samples', 'sample_completions',
-           'SampleMetrics', 'sample_metrics']
+           'SampleMetrics', 'sample_metrics', 'beginning_nll', 'nll_of_references']
 
 # %% ../../nbs/12_lab/13_real_arms.ipynb #f46e5ddd
 from collections import Counter
@@ -16,7 +16,7 @@ import torch
 from ..core.config import OPDConfig
 from ..core.errors import BadInput
 from ..core.types import Conversation, Rollout, Signal
-from ..models.lm import LM
+from ..models.lm import LM, log_probabilities
 from ..teachers.base import Teacher, load_teacher, register_teacher
 from ..training.rollouts import rollout
 
@@ -111,7 +111,7 @@ def score_samples(
         signals = teacher.score([r.conversation for r in part],
                                 [(r.data, r.stopped) for r in part], on_error='return')
         found += [ScoredSample(r.conversation.prompt[-1]['content'], r.text, r.stopped, len(r.data),
-                         nats_per_byte(s, len(r.data) + r.stopped)) for r, s in zip(part, signals)]
+                               nats_per_byte(s, len(r.data) + r.stopped)) for r, s in zip(part, signals)]
     return found
 
 
@@ -122,18 +122,18 @@ def sample_completions(
     max_new_tokens: int,               # longest answer
     temperature: float = 1.,
     seed: int = 0,
-) -> list[ScoredSample]:                     # the same for the same model and seed
+) -> list[ScoredSample]:               # the same for the same model and seed
     "Sampled answers of a student to held-out questions, and what the teacher thinks of them."
     rollouts = rollout(lm, conversations, max_new_tokens, seed, step=10**6,
                        temperature=temperature)
     return score_samples(rollouts, teacher)
 
-
+# %% ../../nbs/12_lab/13_real_arms.ipynb #c98d7d7c
 @dataclass(frozen=True)
 class SampleMetrics:
     "Means over answers."
 
-    nll: float       # nats per byte
+    nll: float       # nats per byte under the teacher
     stopped: float   # share that ends by itself
     bytes: float     # of an answer
     variety: float   # see `variety`
@@ -141,12 +141,50 @@ class SampleMetrics:
 
 
 def sample_metrics(
-    answers: list[ScoredSample],
+    samples: list[ScoredSample],
     reference: list[ScoredSample],  # the teacher's own, to the same questions
 ) -> SampleMetrics:
     "Metrics of sampled completions."
-    shared = [shared_words(a.text, b.text) for a, b in zip(answers, reference)]
+    shared = [shared_words(a.text, b.text) for a, b in zip(samples, reference)]
     return SampleMetrics(
-        float(np.nanmean([a.nll for a in answers])), float(np.mean([a.stopped for a in answers])),
-        float(np.mean([a.bytes for a in answers])), variety([a.text for a in answers]),
+        float(np.nanmean([a.nll for a in samples])), float(np.mean([a.stopped for a in samples])),
+        float(np.mean([a.bytes for a in samples])), variety([a.text for a in samples]),
         float(np.mean(shared)))
+
+# %% ../../nbs/12_lab/13_real_arms.ipynb #beb4e43e
+def beginning_nll(
+    samples: list[ScoredSample],
+    conversations: list[Conversation],  # whose prompts they complete
+    teacher: Teacher,
+    n_bytes: int = 48,                  # of each text; a shorter one counts as it is
+    batch: int = 16,                    # texts that the teacher reads at a time
+) -> list[float]:                       # nats per byte of each
+    "The teacher's negative log-likelihood of how completions begin."
+    def begun(sample) -> tuple[bytes, bool]:
+        whole = sample.text.encode()
+        data = whole[:n_bytes].decode(errors='ignore').encode()  # no half of a character
+        return data, sample.stopped and len(data) == len(whole)
+
+    found, texts = [], [begun(sample) for sample in samples]
+    for start in range(0, len(texts), batch):
+        rows = slice(start, start + batch)
+        signals = teacher.score(conversations[rows], texts[rows], on_error='return')
+        found += [nats_per_byte(s, len(data) + stopped)
+                  for s, (data, stopped) in zip(signals, texts[rows])]
+    return found
+
+# %% ../../nbs/12_lab/13_real_arms.ipynb #8096a186
+@torch.no_grad()
+def nll_of_references(
+    lm: LM,                             # a student
+    conversations: list[Conversation],  # as it is asked
+    reference: list[ScoredSample],      # the teacher's completions of them
+) -> list[float]:                       # nats per byte of each, its end included
+    "A student's negative log-likelihood of what the teacher said."
+    def nll(c: Conversation, sample: ScoredSample) -> float:
+        ids, _ = lm.codec.write(sample.text.encode(), sample.stopped)
+        logp = log_probabilities(lm.model, lm.codec.prompt(c.prompt, None), ids)
+        chosen = logp.gather(1, torch.tensor(ids, device=logp.device)[:, None])
+        return -chosen.sum().item() / max(1, sample.bytes + sample.stopped)
+
+    return [nll(c, sample) for c, sample in zip(conversations, reference)]

@@ -261,7 +261,7 @@ def test_real_in_small(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     m = json.loads((tmp_path / 'metrics.json').read_text())
     assert {'before', 'teacher', 'cover', 'sft', 'control'} == set(m['figures']) and all(a['steps'] > 1 and a['tokens'] > 0 for a in m['arms'].values())
-    assert m['figures']['before']['nll'] > m['figures']['teacher']['nll'] and 'cover:' in m['result']
+    assert m['figures']['before']["teacher's text under it"] > m['figures']['teacher']["teacher's text under it"] and 'cover:' in m['result']
     assert len(json.loads((tmp_path / 'cover.json').read_text())['result']['answers']) == 4
 
 
