@@ -12,7 +12,6 @@ import random
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -32,8 +31,8 @@ from ..teachers.scored import stored_conversations
 from ..teachers.self_teacher import self_teacher_bytes
 from ..data.formats import load_conversations
 from ..training.pairs import loss_for
-from ..training.methods import FROM_REFERENCES, get_method
-from ..training.grpo import REWARDS
+from ..training.methods import FROM_REFERENCES
+from ..training.grpo import REWARDS, check_rewards
 from ..training.setup import codec_text, load_student, with_steps
 from .machine import (Line, about, attempt, device_line, disk_line, folder_line, package_lines,
                                   python_line)
@@ -75,7 +74,7 @@ def reward_line(
     rows: list[Conversation],
 ) -> Line:
     "Whether grpo has what it needs. Raises `BadInput` if it has not."
-    get_method('grpo')(SimpleNamespace(config=config), [])
+    check_rewards(config)
     for c in rows if config.data else (): REWARDS[config.reward](c, '')
     return Line('ok', 'reward',
                 f'{config.reward}, of {config.num_generations} completions to each prompt')
