@@ -80,8 +80,8 @@ def ifeval_task(
     known = checks().instructions_registry.INSTRUCTION_DICT
     with bad_questions(): given = question_rows(path, dict(rows='as_they_are', fields=['prompt']))
     whole = [checked_row(i, row, known) for i, row in enumerate(given, 1)]
-    kept = [row for row in whole
-            if can_split() or not {*SPLITS_TEXT} & {*row['instruction_id_list']}]
+    unchecked = set() if can_split() else {*SPLITS_TEXT}
+    kept = [row for row in whole if not unchecked & {*row['instruction_id_list']}]
     rows = {row['prompt']: row for row in kept}
     asked = [Conversation((dict(role='user', content=prompt),)) for prompt in rows]
 

@@ -29,6 +29,9 @@ class Shuffled(Teacher):
         config: OPDConfig,  # see `load_teacher`
     ):
         self.inner, self.calls = load_teacher(spec, config), 0
+        if 'full' not in self.inner.capabilities.access:
+            raise BadInput('teacher', f'shuffled:{spec}', 'gives no whole distributions to shuffle',
+                           'Use a teacher that does: hf:, or gguf: without TEACHER_TOP_K.')
 
     def __getattr__(self, name):  # `codec`, `capabilities` and whatever else it has
         if name == 'inner': raise AttributeError(name)

@@ -17,6 +17,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..alignment.prefix_maps import cache_folder
 from ..core.errors import BadInput, unknown
 
 # %% ../../nbs/12_lab/11_real_models.ipynb #10c9d6f5
@@ -89,9 +90,9 @@ def sha256_of(
 
 # %% ../../nbs/12_lab/11_real_models.ipynb #aa88bba3
 def real_folder() -> Path:
-    "Where the models are kept: the folder that OPD_REAL_MODELS names, or one beside pip's cache."
+    "Where the models are kept: the folder that OPD_REAL_MODELS names, or one in the cache."
     named = os.environ.get('OPD_REAL_MODELS')
-    return Path(named) if named else Path.home() / '.cache/opd_nb/models'
+    return Path(named) if named else cache_folder() / 'models'
 
 
 def missing_models(

@@ -255,12 +255,12 @@ def test_trl_in_small(tmp_path):
 
 def test_real_in_small(tmp_path):
     "The embedded pair in place of the real one: every arm and every measure runs."
-    small = dict(student='tiny:student', teacher='tiny:teacher', arms='cover,sft,control', tokens=60, held_out=4, batch=2, max_new_tokens=24, threads=1)
+    small = dict(student='tiny:student', teacher='tiny:teacher', arms='cover,sft,control,gold', tokens=60, held_out=4, batch=2, max_new_tokens=24, threads=1)
     words = [w for k, v in small.items() for w in ('-p', k, str(v))]
     done = papermill(tmp_path, *words, notebook='real')
     assert done.returncode == 0, done.stderr[-2000:]
     m = json.loads((tmp_path / 'metrics.json').read_text())
-    assert {'before', 'teacher', 'cover', 'sft', 'control'} == set(m['figures']) and all(a['steps'] > 1 and a['tokens'] > 0 for a in m['arms'].values())
+    assert {'before', 'teacher', 'cover', 'sft', 'control', 'gold'} == set(m['figures']) and all(a['steps'] > 1 and a['tokens'] > 0 for a in m['arms'].values())
     assert m['figures']['before']["teacher's text under it"] > m['figures']['teacher']["teacher's text under it"] and 'cover:' in m['result']
     assert len(json.loads((tmp_path / 'cover.json').read_text())['result']['answers']) == 4
 
