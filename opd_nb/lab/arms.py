@@ -17,8 +17,9 @@ class Arm:
 
     settings: dict                         # of `OPDConfig`
     family: str                            # the arm whose trials decide on its learning rate
-    pairs: tuple[str, ...] = tuple(PAIRS)  # students it is tried on
+    pairs: tuple[str, ...] = tuple(PAIRS)  # students of the first comparison; none: of the map alone
     prompts: int | None = None             # fewer than the budget has
+    sft_tokens: int = 0                    # of SFT before the run, made once and not counted
 
 # %% ../../nbs/12_lab/05_arms.ipynb #c006b
 def on_policy(
@@ -26,10 +27,11 @@ def on_policy(
     pairs: tuple[str, ...] = tuple(PAIRS),  # see `Arm`
     temperature: float = .5,                # at which the student writes
     prompts: int | None = None,             # see `Arm`
+    sft_tokens: int = 0,                    # see `Arm`
     **settings,                             # of `OPDConfig`
 ) -> Arm:
     "An arm in which the student writes and the teacher scores."
-    return Arm(dict(temperature=temperature) | settings, family, pairs, prompts)
+    return Arm(dict(temperature=temperature) | settings, family, pairs, prompts, sft_tokens)
 
 # %% ../../nbs/12_lab/05_arms.ipynb #c006c
 ARMS = dict(
@@ -67,6 +69,12 @@ ARMS = dict(
     trajectory=on_policy(
         'cover', ('crossing',), loss='cover', score_weight='trajectory', num_generations=4
     ),
+    sft_more=Arm(dict(method='sft'), 'sft', (), None, 900_000),
+    kd_more=Arm(dict(method='kd', loss='cover'), 'kd', (), None, 900_000),
+    cover_more=on_policy('cover', (), sft_tokens=900_000, loss='cover'),
+    sft_few_more=Arm(dict(method='sft'), 'sft', (), 500, 50_000),
+    kd_few_more=Arm(dict(method='kd', loss='cover'), 'kd', (), 500, 50_000),
+    cover_few_more=on_policy('cover', (), prompts=500, sft_tokens=50_000, loss='cover'),
 )
 
 # %% ../../nbs/12_lab/05_arms.ipynb #c008
@@ -75,7 +83,7 @@ class RunBudget:
     "What every run may spend, and how it is evaluated."
 
     tokens: int = 300_000      # student tokens trained on
-    seconds: float = 150.      # of one processor core, for rollouts, teacher and student together
+    seconds: float | None = 150.  # of one core, for rollouts, teacher and student; None: no such budget
     batch: int = 64            # completions in a step
     puzzles: int = 400         # held out, for evaluation
     prompts: int = 12_000      # to train on

@@ -198,7 +198,7 @@ def test_context_in_small(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     m = json.loads((tmp_path / 'metrics.json').read_text())
     assert m['steps'] == 3 and {'before', 'after', 'told the rule'} == set(m['result']) and set(m['by_rule']) == {'list', 'letter', 'capitals', 'short'}
-    assert len(json.loads((tmp_path / 'completions-after.json').read_text())['completions']) == 6
+    assert len(json.loads((tmp_path / 'completions-after.json').read_text())['result']) == 6
 
 
 @slow
