@@ -295,12 +295,13 @@ def work(
 # twelve times the tokens, to see where the first of them end
 LONG = RunBudget(tokens=3_600_000, seconds=None, marks=12)
 
-# the map: few and many prompts, after SFT and without it
+# the map: many and few prompts, after SFT and without it; KD comes last
 MAP = tuple(
     f'{method}{prompts}{start}'
-    for prompts in ('_few', '')
+    for methods in (('cover', 'sft'), ('kd',))
     for start in ('_more', '')
-    for method in ('cover', 'kd', 'sft')
+    for prompts in ('', '_few')
+    for method in methods
 )
 
 # %% ../../nbs/12_lab/07_queue.ipynb #c039
