@@ -31,7 +31,7 @@ from ..core.errors import BadInput, Interrupted
 from ..core.files import damaged_files, move_into_place, write_checksums, write_whole
 from ..core.sources import read_yaml
 from ..core.types import Conversation, TEACHER_FIELDS
-from ..models.lm import LM, load_adapter_weights, merge_adapters
+from ..models.lm import LM, load_adapter_weights, merge_adapters, stop_at_end_of_turn
 from ..models.fsdp import (
     gather_state, gather_weights, is_sharded, load_optimizer_state, load_sharded_adapters,
     load_sharded_weights)
@@ -424,7 +424,9 @@ def save_merged(
                        'Choose another folder, or delete it.')
     part = out.with_name(out.name + '.part')
     with explain_write_errors(out):
-        merge_adapters(lm).model.save_pretrained(part)
+        merged = merge_adapters(lm).model
+        stop_at_end_of_turn(merged, lm.codec)
+        merged.save_pretrained(part)
         lm.codec.tok.save_pretrained(part)
         move_into_place(part, out)
     return out

@@ -14,6 +14,7 @@ from opd_nb.models.lm import LM, tiny_folder
 from opd_nb.monitor.run_log import read_log
 from opd_nb.tools.doctor import examine
 from opd_nb.tools.export_hf import find_student, model_card, write_student
+from opd_nb.training.checkpoints import save_merged
 from opd_nb.training.loop import train
 from opd_nb.training.setup import load_student
 
@@ -56,7 +57,8 @@ def test_what_is_saved_asks_as_the_run_did(base, prompts, tmp_path, lora):
     stop = student.codec.tok.convert_tokens_to_ids('<|stop|>')
     assert student.codec.stop_ids[0] == stop and student.codec.write(b'21')[0][-1] == stop
     done = train(c, progress=False)
-    if not lora: assert json.loads((done.student / 'generation_config.json').read_text())['eos_token_id'][0] == stop
+    whole = save_merged(done.student, tmp_path / 'merged') if lora else done.student
+    assert json.loads((whole / 'generation_config.json').read_text())['eos_token_id'][0] == stop
     saved = LM.load(str(done.student), device='cpu')
     assert saved.codec.prompt(SAID) == student.codec.prompt(SAID)
     assert saved.codec.stop_ids[0] == stop
