@@ -56,6 +56,35 @@ def vllm_server(python, folder):
     return command_server(python, *words.split(), patience=400, HF_HUB_OFFLINE='1', VLLM_NO_USAGE_STATS='1', VLLM_CPU_KVCACHE_SPACE='1', TORCHDYNAMO_DISABLE='1', VLLM_ENABLE_V1_MULTIPROCESSING='0')
 
 
+def padded(spec, folder, size=32):
+    "The same function with heads of a size that vLLM has: zeros in both halves, frequencies and scale kept."
+    import copy
+    from dataclasses import replace
+    import torch
+    from opd_nb.models.lm import LM
+    lm = LM.load(spec, dtype='float32', device='cpu')
+    if lm.model.config.head_dim < size:
+        config, d = copy.deepcopy(lm.model.config), lm.model.config.head_dim
+        theta = config.rope_parameters['rope_theta'] ** (size / d)
+        config.head_dim, config.rope_parameters = size, dict(config.rope_parameters, rope_theta=theta)
+        wide, state = type(lm.model)(config).eval(), lm.model.state_dict()
+        for key, w in state.items():
+            if 'self_attn' not in key: continue
+            w = w.T if 'o_proj' in key else w
+            both = w.reshape(-1, 2, d // 2, w.shape[1])
+            zeros = torch.zeros_like(both)[:, :, :1].expand(-1, -1, (size - d) // 2, -1)
+            scale = (size / d) ** .5 if 'q_proj' in key else 1
+            w = torch.cat([both, zeros], 2).reshape(-1, w.shape[1]) * scale
+            state[key] = w.T if 'o_proj' in key else w
+        wide.load_state_dict(state)
+        ids = torch.arange(3, 60)[None]
+        with torch.no_grad(): torch.testing.assert_close(wide(ids).logits, lm.model(ids).logits, atol=1e-4, rtol=1e-4)
+        lm = replace(lm, model=wide)
+    lm.model.save_pretrained(folder, safe_serialization=True)
+    lm.codec.tok.save_pretrained(folder)
+    return folder
+
+
 class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = 'HTTP/1.1'
     def log_message(self, *a): pass

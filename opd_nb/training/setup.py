@@ -435,10 +435,8 @@ def pair_warnings(
     for who, model in (('student', run.student), *teachers):
         tok = getattr(getattr(model, 'codec', None), 'tok', None)
         if tok is not None and not getattr(tok, 'chat_template', None):
-            remedy = ' --chat-template plain gives it one.' if who == 'student' else ''
-            found.append(f'The {who} has no chat template, as a base model; prompts go in bare. '
-                         'An instruct model answers questions; a base model continues texts.'
-                         + remedy)
+            remedy = '; --chat-template plain gives it one' if who == 'student' else ''
+            found.append(f'The {who} has no chat template, so prompts go in bare{remedy}.')
     return found
 
 # %% ../../nbs/09_training/07_setup.ipynb #cdd614c7

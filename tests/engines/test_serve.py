@@ -37,6 +37,7 @@ from opd_nb.models.lm import LM
 from opd_nb.teachers.base import Unscored, load_teacher
 from opd_nb.training.batch import read_and_align, score
 from opd_nb.training.rollouts import rollout
+from servers import padded, vllm_server
 
 CONFIG = OPDConfig(_env_file=None, student='tiny:student', teacher='tiny:', device='cpu')
 ROOMY = Limits(max_logprobs=480)
@@ -405,3 +406,31 @@ def test_trls_server_trainer_learns(beta, k, url, monkeypatch, tmp_path):
     first, last = (sum(x) / len(x) for x in (losses[:8], losses[-8:]))
     print(f'beta {beta}, lists of {k}: loss {first:.3f} -> {last:.3f}', [round(x, 3) for x in losses[::4]])
     assert len(losses) == 60 and all(map(math.isfinite, losses)) and last < (.85, .96)[beta > 0] * first
+
+
+@pytest.mark.slow
+def test_with_one_vocabulary_it_says_what_vllm_says(tmp_path):
+    "A real vLLM and `opd serve` with the same weights, asked the same. OPD_VLLM_PYTHON is the interpreter of an environment that has vLLM."
+    python = os.environ.get('OPD_VLLM_PYTHON') or pytest.skip('OPD_VLLM_PYTHON names no environment with vLLM')
+    folder = str(padded('tiny:teacher', tmp_path / 'model'))
+    config = OPDConfig(_env_file=None, student=folder, teacher=f'hf:{folder}', device='cpu', dtype='float32', teacher_dtype='float32')
+    lm = LM.load(folder, dtype='float32', device='cpu')
+    rolled = [r for r in rollout(lm, countdown.draw(8), 20, temperature=1.2) if r.ids]
+    body = dict(model=folder, prompt=[sequence(r) for r in rolled], max_tokens=1, temperature=1.0, prompt_logprobs=16)
+    with vllm_server(python, folder) as url: status, theirs, _ = ask(url, body)
+    assert status == 200, theirs
+    with serving(Service(Translator(student_of(config)[0], load_teacher(config.teacher, config)), folder, ROOMY)) as url: status, ours, _ = ask(url, body)
+    assert status == 200 and set(ours) - {'opd'} <= set(theirs) and ours['object'] == theirs['object'] and ours['usage']['prompt_tokens'] == theirs['usage']['prompt_tokens']
+    far, positions, ranks = 0, 0, 0
+    for r, a, b in zip(rolled, ours['choices'], theirs['choices'], strict=True):
+        assert len(a['prompt_logprobs']) == len(b['prompt_logprobs']) == len(sequence(r)) and set(a) - {'opd'} <= set(b)
+        for i, x, y in list(zip(r.ids, a['prompt_logprobs'][len(r.prompt_ids):], b['prompt_logprobs'][len(r.prompt_ids):])):
+            assert str(i) in x and str(i) in y and set(x[str(i)]) == set(y[str(i)]), (x, y)
+            shared = x.keys() & y.keys()
+            assert len(shared) >= min(len(x), len(y)) - 1  # the last of the list may be a tie
+            far = max([far, *(abs(x[j]['logprob'] - y[j]['logprob']) for j in shared)])
+            ranks += x[str(i)]['rank'] == y[str(i)]['rank']
+            assert x[str(i)]['decoded_token'] == y[str(i)]['decoded_token']
+            positions += 1
+    print(f'{positions} positions: log-probabilities within {far:.1e} nats, the same rank of the token that is there at {ranks}')
+    assert far < 1e-3 and ranks > .98 * positions

@@ -255,12 +255,12 @@ def test_trl_in_small(tmp_path):
 
 def test_real_in_small(tmp_path):
     "The embedded pair in place of the real one: every arm and every measure runs."
-    small = dict(student='tiny:student', teacher='tiny:teacher', arms='cover,sft,control,gold', tokens=60, held_out=4, batch=2, max_new_tokens=24, threads=1)
+    small = dict(student='tiny:student', teacher='tiny:teacher', arms='cover,sft,control,sft_cover,gold', tokens=60, held_out=4, batch=2, max_new_tokens=24, threads=1)
     words = [w for k, v in small.items() for w in ('-p', k, str(v))]
     done = papermill(tmp_path, *words, notebook='real')
     assert done.returncode == 0, done.stderr[-2000:]
     m = json.loads((tmp_path / 'metrics.json').read_text())
-    assert {'before', 'teacher', 'cover', 'sft', 'control', 'gold'} == set(m['figures']) and all(a['steps'] > 1 and a['tokens'] > 0 for a in m['arms'].values())
+    assert {'before', 'teacher', 'cover', 'sft', 'control', 'sft_cover', 'gold'} == set(m['figures']) and all(a['steps'] > 1 and a['tokens'] > 0 for a in m['arms'].values())
     assert m['figures']['before']["teacher's text under it"] > m['figures']['teacher']["teacher's text under it"] and 'cover:' in m['result']
     assert len(json.loads((tmp_path / 'cover.json').read_text())['result']['answers']) == 4
 
@@ -273,3 +273,37 @@ def test_skill_in_small(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     m = json.loads((tmp_path / 'metrics.json').read_text())
     assert {'cover', 'sft', 'gold', 'grpo'} == set(m['arms']) and m['specialist'] > m['before'] and all(a['tokens'] > 0 for a in m['arms'].values())
+
+
+def test_map_of_what_is_there(tmp_path):
+    "The committed runs of the map: each corner that has all three methods is in the table and in the picture."
+    done = papermill(tmp_path, '-p', 'results', str(ROOT / 'nbs' / 'runs' / 'results' / 'countdown'), notebook='map')
+    assert done.returncode == 0, done.stderr[-2000:]
+    m = json.loads((tmp_path / 'metrics.json').read_text())
+    assert m['runs'] and all(c['low'] <= c['value'] <= c['high'] for c in m['corners']) and (tmp_path / 'corners.png').exists()
+
+
+@slow
+def test_reuse_in_small(tmp_path):
+    "Sixteen completions, scored once: each arm takes the steps that its passes make, and a second call finds its results."
+    small = dict(scored=16, passes='1,2', seeds=1, n_eval=8, batch=8)
+    words = [w for k, v in small.items() for w in ('-p', k, str(v))]
+    for _ in range(2):
+        done = papermill(tmp_path, *words, notebook='reuse')
+        assert done.returncode == 0, done.stderr[-2000:]
+    arms = json.loads((tmp_path / 'metrics.json').read_text())['arms']
+    assert {name: a['steps'] for name, a in arms.items()} == {'fresh, bpm': 2, 'stored × 1, bpm': 2, 'stored × 2, bpm': 4, 'fresh, trust': 2, 'stored × 1, trust': 2, 'stored × 2, trust': 4}
+    done = papermill(tmp_path, *words[:-1], '4', notebook='reuse')
+    assert done.returncode and 'batch = 4: was 8 when' in done.stderr
+
+
+@slow
+def test_serve_in_small(tmp_path):
+    "TRL's trainer learns from a server that is a process of its own; the figures mean nothing, but both loops ran."
+    pytest.importorskip('trl', reason='pip install opd_nb[trl]')
+    small = dict(max_steps=4, batch=8, n_train=100, n_eval=20)
+    done = papermill(tmp_path, *(w for k, v in small.items() for w in ('-p', k, str(v))), notebook='serve')
+    assert done.returncode == 0, done.stderr[-2000:]
+    m = json.loads((tmp_path / 'metrics.json').read_text())
+    assert m['server']['sequences'] == 32 and m['server']['tokens'] > 32
+    assert all(m['last_loss'][who] > 0 for who in ('served', 'ours')) and abs(m['first_loss']['served'] / m['first_loss']['ours'] - 1) < .5

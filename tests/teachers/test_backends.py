@@ -1,5 +1,4 @@
 "The same weights teach the same: losses and gradients of one batch, from transformers, llama.cpp and its server."
-import copy
 import os
 from dataclasses import replace
 
@@ -19,7 +18,7 @@ from opd_nb.teachers.base import load_teacher
 from opd_nb.training.rollouts import rollout
 from opd_nb.tools.export_gguf import export_gguf
 from opd_nb.lab import countdown
-from servers import llama_server, vllm_server
+from servers import llama_server, padded, vllm_server
 
 pytest.importorskip('llama_cpp', reason='a GGUF teacher needs llama-cpp-python: pip install opd_nb[gguf]')
 pytest.importorskip('xllamacpp', reason="llama.cpp's server comes with the dev requirements")
@@ -118,31 +117,6 @@ def test_a_shift_by_one_is_seen(batch):
     batch.signals['gguf'] = [replace(s, logprobs=s.logprobs.roll(1)) for s in kept]
     try: assert abs(batch.loss('gguf', 'alm')[0] - value) > 1e-2 * abs(value)
     finally: batch.signals['gguf'] = kept
-
-
-def padded(spec, folder, size=32):
-    "The same function with heads of a size that vLLM has: zeros in both halves, frequencies and scale kept."
-    lm = LM.load(spec, dtype='float32', device='cpu')
-    if lm.model.config.head_dim < size:
-        config, d = copy.deepcopy(lm.model.config), lm.model.config.head_dim
-        theta = config.rope_parameters['rope_theta'] ** (size / d)
-        config.head_dim, config.rope_parameters = size, dict(config.rope_parameters, rope_theta=theta)
-        wide, state = type(lm.model)(config).eval(), lm.model.state_dict()
-        for key, w in state.items():
-            if 'self_attn' not in key: continue
-            w = w.T if 'o_proj' in key else w
-            both = w.reshape(-1, 2, d // 2, w.shape[1])
-            zeros = torch.zeros_like(both)[:, :, :1].expand(-1, -1, (size - d) // 2, -1)
-            scale = (size / d) ** .5 if 'q_proj' in key else 1
-            w = torch.cat([both, zeros], 2).reshape(-1, w.shape[1]) * scale
-            state[key] = w.T if 'o_proj' in key else w
-        wide.load_state_dict(state)
-        ids = torch.arange(3, 60)[None]
-        with torch.no_grad(): torch.testing.assert_close(wide(ids).logits, lm.model(ids).logits, atol=1e-4, rtol=1e-4)
-        lm = replace(lm, model=wide)
-    lm.model.save_pretrained(folder, safe_serialization=True)
-    lm.codec.tok.save_pretrained(folder)
-    return folder
 
 
 @slow
