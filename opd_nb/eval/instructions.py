@@ -47,7 +47,8 @@ def follows_all(
 ) -> bool:
     "Whether an answer follows every instruction of its prompt."
     utils = checks()
-    found = utils.test_instruction_following_strict(utils.InputExample(**row), text)
+    try: found = utils.test_instruction_following_strict(utils.InputExample(**row), text)
+    except RecursionError: return False  # JSON that is nested too deep to be read
     return found.follow_all_instructions
 
 # %% ../../nbs/10_eval/11_instructions.ipynb #1ba410ca
@@ -61,6 +62,8 @@ def checked_row(
     "A row whose instructions are known. `BadInput` for another."
     wanted, arguments = row.get('instruction_id_list'), row.get('kwargs')
     lists = isinstance(wanted, list) and isinstance(arguments, list)
+    lists = lists and all(isinstance(x, str) for x in wanted)
+    lists = lists and all(isinstance(x, dict) for x in arguments)
     if lists and len(wanted) == len(arguments) and {*wanted} <= {*known}:
         return {name: row.get(name) for name in FIELDS}
     raise BadInput('task', f'ifeval_local, row {i}', f'has no instructions to check: {wanted}',

@@ -16,7 +16,7 @@ import openai
 
 from ..core.errors import BadInput
 from .pricing import TeacherGone
-from .client import Malformed, Request, Refused, Client
+from .client import FAILURES, Client, Malformed, Refused, Request, strict_reader
 
 # %% ../../nbs/05_hosted/06_vllm_server.ipynb #5c89595c
 class RolloutServerGone(TeacherGone):
@@ -85,11 +85,15 @@ class VLLMServer(Client):
         "What the server reports at a path."
         async def request() -> Any: return await self.client.get(path, cast_to=object)
         try:
-            return self.run(request()).result()
+            found = self.run(request()).result()
+            if isinstance(found, dict): return found
+            raise Malformed(path)
         except openai.APIStatusError as e:
             raise self.gone_for(e.status_code, f'HTTP {e.status_code} for {path}') from None
         except openai.APIConnectionError:
             raise self.gone_for(0, 'no connection') from None
+        except FAILURES as e:
+            raise self.gone_for(0, f'{type(e).__name__} for {path}') from None
 
     def weight_version(self) -> str | None:
         "The name of the weights that were last loaded in place, unless the server was restarted."
@@ -97,4 +101,8 @@ class VLLMServer(Client):
 
     def base_model(self) -> str:
         "What the server calls the model itself, as opposed to adapters on it."
-        return next(m['id'] for m in self.get('/models')['data'] if not m.get('parent'))
+        def own(reply): return next((m['id'] for m in reply['data'] if not m.get('parent')), None)
+        try: name = strict_reader(own)(self.get('/models'))
+        except Malformed: name = None
+        if name is None: raise self.gone_for(0, 'it lists no model')
+        return name

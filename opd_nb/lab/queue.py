@@ -20,7 +20,7 @@ from typing import Callable
 
 from filelock import FileLock, Timeout
 
-from ..core.errors import unknown
+from ..core.errors import BadInput, unknown
 from ..core.files import cache_home, write_whole
 from .students import PAIRS
 from .arms import ARMS, FAST, TRIAL, RunBudget
@@ -317,12 +317,13 @@ def parser() -> argparse.ArgumentParser:
     hours = 'Begin no run after so many hours.'
     p.add_argument('--hours', type=float, default=math.inf, help=hours)
     fast = 'A budget that tries the machinery and says nothing.'
-    p.add_argument('--fast', action='store_true', help=fast)
+    size = p.add_mutually_exclusive_group()
+    size.add_argument('--fast', action='store_true', help=fast)
     long = (
         'Arms, by comma, on the most different pair with twelve times the budget, in FOLDER-long.'
     )
-    p.add_argument('--long', metavar='ARMS', help=long)
-    p.add_argument('--map', action='store_true', help='The arms of the map, in FOLDER-map.')
+    size.add_argument('--long', metavar='ARMS', help=long)
+    size.add_argument('--map', action='store_true', help='The arms of the map, in FOLDER-map.')
     return p
 
 
@@ -337,7 +338,12 @@ def work_long(
     if other := set(arms) - set(ARMS): raise unknown('arm', min(other), ARMS)
     ends = [('before', name, 0) for name in ('teacher', 'crossing')]
     runs = ends + [(arm, 'crossing', seed) for seed in seeds for arm in arms]
-    folder, trials = f'{args.folder}-{part}', args.folder
+    trials = Path(args.folder)
+    for arm in arms:
+        if rate_for(ARMS[arm].family, 'crossing', trials, LONG) is None:
+            raise BadInput('folder', args.folder, f'lacks the trials of {ARMS[arm].family}, which '
+                           'find its learning rate', 'Make the runs without --long and --map first.')
+    folder = f'{trials}-{part}'
     return work(folder, args.cache, LONG, args.hours, None, tell, trials, runs)
 
 
@@ -363,4 +369,5 @@ def main(
 
 # %% ../../nbs/12_lab/07_queue.ipynb #c040
 if __name__ == '__main__' and '__file__' in globals():
-    raise SystemExit(main())  # a notebook is a __main__ too, and has no file
+    try: raise SystemExit(main())  # a notebook is a __main__ too, and has no file
+    except BadInput as e: raise SystemExit(str(e)) from None

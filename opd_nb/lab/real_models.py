@@ -92,7 +92,7 @@ def sha256_of(
 def real_folder() -> Path:
     "Where the models are kept: the folder that OPD_REAL_MODELS names, or one in the cache."
     named = os.environ.get('OPD_REAL_MODELS')
-    return Path(named) if named else cache_folder() / 'models'
+    return expanded(named) if named else cache_folder() / 'models'
 
 
 def missing_models(

@@ -33,7 +33,7 @@ def local_file(
     if file.is_file(): return file
     repo = '/'.join(path.split('/')[:2]) if of_gguf else path  # a file in it may be named
     try: return Path(hf_hub_download(repo, name, local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError): return None
+    except (LocalEntryNotFoundError, HFValidationError, OSError): return None
 
 FRONT_MATTER = re.compile(r'\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)', re.S)  # of a model card
 

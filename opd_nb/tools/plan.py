@@ -12,6 +12,7 @@ from math import ceil
 
 from ..core.config import OPDConfig
 from ..core.errors import BadInput, unknown
+from ..models.hub import split_scheme
 from ..models.lm import load_config
 from ..models.memory import hub_token
 
@@ -55,6 +56,10 @@ class FullShape:
     ) -> 'FullShape':
         "The shape that a configuration describes. `BadInput` if it has no heads or no layers."
         text = config.get_text_config()
+        experts = ('num_local_experts', 'num_experts', 'n_routed_experts')
+        if any((getattr(text, name, None) or 0) > 1 for name in experts):
+            raise BadInput('model', config.model_type, 'has no plan: it is a mixture of experts',
+                           'Plan with a dense model of the same size.')
         try:
             heads = text.num_attention_heads
             head = getattr(text, 'head_dim', None) or text.hidden_size // heads
@@ -129,6 +134,7 @@ class Work:
     teacher_here: bool = True   # else behind an address
     writes_here: bool = True    # else a vLLM server
     machines: int = 1
+    each: int = 1               # rollouts to a prompt
 
     @property
     def tokens(self) -> int: return self.rollouts * (self.prompt + self.new)
@@ -225,8 +231,9 @@ def command_of(
     words = ['opd' if gpus == 1 else launch, 'train --student STUDENT']
     words.append('--teacher hf:TEACHER' if work.teacher_here else '--teacher api:URL#TEACHER')
     words += ['--lora'] * work.lora + ['--rollouts vllm:URL'] * (not work.writes_here)
-    return ' '.join([*words, f'--batch {work.rollouts} --micro-batch {work.micro_batch}',
-                     f'--max-new-tokens {work.new}'])
+    words.append(f'--batch {work.rollouts // work.each} --micro-batch {work.micro_batch}')
+    words += [f'--num-generations {work.each}'] * (work.each > 1)
+    return ' '.join([*words, f'--max-new-tokens {work.new}'])
 
 # %% ../../nbs/11_tools/10_plan.ipynb #820ec343
 def named_shapes(
@@ -263,6 +270,9 @@ def planned_shapes(
 ) -> tuple[FullShape, FullShape]:
     "The shapes of the models that the settings name."
     token = hub_token(config)
+    if split_scheme(config.teacher)[0] not in ('hf', 'gguf', 'tiny'):
+        raise BadInput('teacher', config.teacher, 'has no weights to plan with',
+                       'Name a model of its size: --teacher hf:ID.')
     teacher = config.teacher.removeprefix('hf:')
     return (FullShape.of(load_config(config.student, 'student', token, config.revision)),
             FullShape.of(load_config(teacher, 'teacher', token)))
@@ -279,7 +289,8 @@ def plan_text(
     if named:
         pairs = [(config.student, config.teacher)]
         shapes = dict(zip(pairs[0], planned_shapes(config)))
-    here = Work(config.batch * config.num_generations, new=config.max_new_tokens,
+    each = config.num_generations
+    here = Work(config.batch * each, each=each, new=config.max_new_tokens,
                 micro_batch=config.micro_batch, lora=config.lora)
     away = replace(here, teacher_here=False, writes_here=False)
     placements = {f'{gpus} × {card}, both models on each': here,

@@ -32,7 +32,7 @@ from ..core.files import make_readable
 from ..core.types import Conversation, PositionChoice, Rollout
 from ..core.distributed import all_gather, all_or_none
 from ..alignment.chat import ChatCodec
-from ..models.fsdp import gather_state, is_sharded
+from ..models.fsdp import gather_state, is_sharded, take_part
 from ..models.lm import LM, read
 from ..models.served_weights import served_weights
 from ..hosted.client import Malformed, Request, strict_reader
@@ -150,7 +150,9 @@ def logprob_differences(
 ) -> torch.Tensor:            # [N] the student's log p of each token minus the server's, in nats
     "How far the student is from the weights that sampled."
     rows = [r for r in rollouts if r.logprobs]
-    if not rows: return torch.zeros(0)
+    if not rows:
+        if is_sharded(lm.model): take_part(lm.model, backward=False)
+        return torch.zeros(0)
     was_training = lm.model.training
     side = read(lm.model.eval(), [r.prompt_ids for r in rows], [r.ids for r in rows])
     lm.model.train(was_training)
@@ -410,7 +412,7 @@ class VLLMRollouts:
         writing, rows = self.begun.get(step), None
         if writing:
             with suppress(RolloutServerGone, ValueError):  # its step will find out
-                written = zip(writing.prompts, map(sampled_tokens, writing.replies.result()))
+                written = zip(writing.prompts, map(strict_reader(sampled_tokens), writing.replies.result()))
                 rows = [(p.conversation.key, ids, logprobs) for p, (ids, logprobs) in written]
         rows = all_gather(PartialState(), [rows])
         if None in rows: return {}
