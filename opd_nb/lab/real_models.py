@@ -19,6 +19,7 @@ from pathlib import Path
 
 from ..alignment.prefix_maps import cache_folder
 from ..core.errors import BadInput, unknown
+from ..core.files import expanded
 
 # %% ../../nbs/12_lab/11_real_models.ipynb #10c9d6f5
 @dataclass(frozen=True)
