@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Results', 'Refusal', 'Message', 'ScoreRequest', 'CompletionsRequest', 'Sampling', 'SGLangRequest', 'GenerateRequest',
-           'parse_request', 'numbers', 'Position', 'positions', 'prompt_logprobs', 'details', 'completions_reply',
-           'check_all_known', 'sglang_reply', 'generate_reply']
+           'parse_request', 'numbers', 'decoded', 'Position', 'positions', 'prompt_logprobs', 'details',
+           'completions_reply', 'check_all_known', 'sglang_reply', 'generate_reply']
 
 # %% ../../nbs/13_engines/03_dialects.ipynb #c11aa9a2
 import math
@@ -134,6 +134,14 @@ def numbers(
     "Numbers as JSON has them: null for what is not known."
     return [v if math.isfinite(v) else None for v in x.tolist()]
 
+def decoded(
+    codec: ChatCodec,
+    i: int,    # of a token
+) -> str:      # its name, if it spells nothing
+    "A token as vLLM shows it."
+    spelled = codec.bytes.table[i]
+    return spelled.decode(errors='replace') if spelled else codec.tok.convert_ids_to_tokens(i)
+
 @dataclass(frozen=True)
 class Position:
     "What stands at one position of a completion."
@@ -144,7 +152,7 @@ class Position:
     credit: float                  # its chunk credit; NaN if not known
 
     def as_vllm(self,
-        table: list[bytes],  # what each id spells
+        codec: ChatCodec,    # the student's
         credit: bool,        # the token that is there gets its chunk credit
     ) -> dict[str, dict] | None:
         "The token that is there, if its logprob is known, and the list."
@@ -152,7 +160,7 @@ class Position:
         entries = [] if math.isnan(own) else [(self.id, own, self.rank or len(self.top) + 1)]
         entries += [(j, p, n) for n, (j, p) in enumerate(self.top, 1)
                     if j != self.id or not entries]
-        return {str(j): dict(logprob=p, rank=n, decoded_token=table[j].decode(errors='replace'))
+        return {str(j): dict(logprob=p, rank=n, decoded_token=decoded(codec, j))
                 for j, p, n in entries} or None
 
 def positions(
@@ -175,7 +183,7 @@ def prompt_logprobs(
 ) -> list[dict | None]:
     "vLLM's list: null at prompt positions, and everywhere if nothing could be scored."
     if isinstance(t, Unscored): return [None] * len(ids)
-    found = [p.as_vllm(codec.bytes.table, credit) for p in positions(t, k)]
+    found = [p.as_vllm(codec, credit) for p in positions(t, k)]
     return [None] * t.prompt_tokens + found
 
 def details(

@@ -417,7 +417,7 @@ def test_with_one_vocabulary_it_says_what_vllm_says(tmp_path):
     lm = LM.load(folder, dtype='float32', device='cpu')
     rolled = [r for r in rollout(lm, countdown.draw(8), 20, temperature=1.2) if r.ids]
     body = dict(model=folder, prompt=[sequence(r) for r in rolled], max_tokens=1, temperature=1.0, prompt_logprobs=16)
-    with vllm_server(python, folder) as url: status, theirs, _ = ask(url, body, '/completions')
+    with vllm_server(python, folder) as url: status, theirs, _ = ask(url, body, '/completions', {'Content-Type': 'application/json'})
     assert status == 200, theirs
     with serving(Service(Translator(student_of(config)[0], load_teacher(config.teacher, config)), folder, ROOMY)) as url: status, ours, _ = ask(url, body)
     assert status == 200 and set(ours) - {'opd'} <= set(theirs) and ours['object'] == theirs['object'] and ours['usage']['prompt_tokens'] == theirs['usage']['prompt_tokens']
