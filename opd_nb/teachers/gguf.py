@@ -47,8 +47,12 @@ class FileTokenizer:
         text: str,                        # to be tokenised
         add_special_tokens: bool = True,  # with BOS, if the file wants one
     ) -> dict[str, list[int]]:
-        "Token ids of a text, under `input_ids`."
-        return {'input_ids': self.vocabulary.tokenize(text, special=True, ends=add_special_tokens)}
+        "Token ids of a text, under `input_ids`. `BadInput` if the vocabulary cannot spell it."
+        try: ids = self.vocabulary.tokenize(text, special=True, ends=add_special_tokens)
+        except ValueError as e:
+            raise BadInput('prompt', text, str(e), 'Take a teacher that can read it: a vocabulary '
+                           'with bytes spells every character.') from None
+        return {'input_ids': ids}
 
     def _special_id(self, i: int, name: str) -> int | None:
         "The id, unless the file has none: llama.cpp then takes the 11th token of any vocabulary."
