@@ -114,7 +114,7 @@ def test_each_kind_of_run_over_twenty_steps(prompts, tmp_path):
     for folder in (stopped.output_dir, tmp_path / 'one' / 'adapters'): train(stopped.model_copy(update=dict(max_steps=22, resume=True, output_dir=folder)), progress=False)  # both in one process
     compare(tmp_path / 'one' / 'adapters', stopped.output_dir)
     for name in [name for name in runs if name != 'adapters']:
-        events = compare(tmp_path / 'one' / name, tmp_path / 'two' / name, 1e-2 if name == 'muon' else 1e-4)
+        events = compare(tmp_path / 'one' / name, tmp_path / 'two' / name, 1e-2 if name in ('muon', 'adapters in bfloat16') else 1e-4)
         assert any(e.get('grad_norm') for e in events), f'{name} had nothing to learn'
 
 
