@@ -61,9 +61,8 @@ def checked_row(
 ) -> dict:       # with the fields that the checks take
     "A row whose instructions are known. `BadInput` for another."
     wanted, arguments = row.get('instruction_id_list'), row.get('kwargs')
-    lists = isinstance(wanted, list) and isinstance(arguments, list)
-    lists = lists and all(isinstance(x, str) for x in wanted)
-    lists = lists and all(isinstance(x, dict) for x in arguments)
+    lists = (isinstance(wanted, list) and all(isinstance(x, str) for x in wanted)
+             and isinstance(arguments, list) and all(isinstance(x, dict) for x in arguments))
     if lists and len(wanted) == len(arguments) and {*wanted} <= {*known}:
         return {name: row.get(name) for name in FIELDS}
     raise BadInput('task', f'ifeval_local, row {i}', f'has no instructions to check: {wanted}',

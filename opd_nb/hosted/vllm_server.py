@@ -86,14 +86,14 @@ class VLLMServer(Client):
         async def request() -> Any: return await self.client.get(path, cast_to=object)
         try:
             found = self.run(request()).result()
-            if isinstance(found, dict): return found
-            raise Malformed(path)
         except openai.APIStatusError as e:
             raise self.gone_for(e.status_code, f'HTTP {e.status_code} for {path}') from None
         except openai.APIConnectionError:
             raise self.gone_for(0, 'no connection') from None
-        except FAILURES as e:
+        except FAILURES as e:  # JSON that is cut, a redirect
             raise self.gone_for(0, f'{type(e).__name__} for {path}') from None
+        if isinstance(found, dict): return found
+        raise self.gone_for(0, f'no object for {path}')
 
     def weight_version(self) -> str | None:
         "The name of the weights that were last loaded in place, unless the server was restarted."

@@ -516,3 +516,12 @@ def test_recipe_at_tiny_size(tmp_path, monkeypatch, recipe, student, teacher, wo
     )
     shown = json.dumps(json.loads((tmp_path / 'out.ipynb').read_text()))
     assert all(name in shown for name in ['base', *done])
+
+
+def test_sft_before_a_run_has_the_rate_of_its_trials():
+    "The students of the map are made without the folder of trials, so what these found is written down once more."
+    from conftest import ROOT
+    from opd_nb.lab.arms import RunBudget
+    from opd_nb.lab.queue import rate_for
+    from opd_nb.lab.run import SFT_RATE
+    assert rate_for('sft', 'crossing', ROOT / 'nbs/runs/results/countdown', RunBudget()) == SFT_RATE

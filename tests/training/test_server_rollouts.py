@@ -9,7 +9,7 @@ from opd_nb.core.errors import BadInput
 from opd_nb.core.config import OPDConfig
 from opd_nb.models.lm import LM
 from opd_nb.hosted.pricing import TeacherGone
-from opd_nb.training.rollouts import rollout
+from opd_nb.training.rollouts import fit_prompt, rollout
 from opd_nb.training.vllm_rollouts import VLLMRollouts, logprob_differences, parse_completion, rollout_function
 from opd_nb.hosted.vllm_server import RolloutServerGone, StaleWeights, VLLMServer
 from opd_nb.hosted.weight_transfer import WeightTransfer
@@ -278,6 +278,19 @@ def test_writing_goes_on_while_this_step_is_learnt(tmp_path):
         state.gate = gate
         train(settings_of(url, tmp_path, 'tiny:student', **AHEAD | dict(max_steps=2, max_new_tokens=20)), progress=False, show=show)
     assert found == [(1, 8, 0, False), (2, 8, 1, True)] and len(set(asked)) == 8
+
+
+@pytest.mark.parametrize('reply', [{}, {'choices': []}, {'choices': [3]}, None, [], {'choices': [{'token_ids': 5}]}])
+def test_a_reply_of_odd_form_does_not_hinder_saving(reply, tmp_path):
+    "Its step will say what is wrong; the checkpoint before it just has nothing that was written ahead."
+    from concurrent.futures import Future
+    from opd_nb.training.vllm_rollouts import Writing
+    lm = LM.load('tiny:student', dtype='float32')
+    writer, replies = VLLMRollouts('vllm:http://127.0.0.1:9', tmp_path), Future()
+    replies.set_result([reply])
+    writer.begun[1] = Writing(1, 0, [fit_prompt(lm.codec, ASKS[0], None)], replies)
+    assert writer.state(1) == {}
+    with pytest.raises((RolloutServerGone, BadInput)): writer._read(lm, writer.begun[1])
 
 
 @pytest.mark.parametrize('stop', [2, pytest.param(4, marks=slow)])
