@@ -22,16 +22,17 @@ def own_questions() -> list[str]:
 
 # %% ../../nbs/12_lab/12_questions.ipynb #6bdee8fd
 def published_questions(
-    folder: Path,  # with truthfulqa_mc_task.json, arc_challenge.jsonl, self_instruct_seed_tasks.jsonl
+    folder: Path,  # truthfulqa_mc_task.json, {arc_challenge,gsm8k_test,self_instruct_seed_tasks}.jsonl
 ) -> list[str]:
-    "Open questions of three benchmarks."
+    "Open questions of four benchmarks."
     def rows(name): return map(json.loads, (folder / name).read_text('utf-8').splitlines())
     truthful = json.loads((folder / 'truthfulqa_mc_task.json').read_text('utf-8'))
     arc = [row['query'].removeprefix('Question: ') for row in rows('arc_challenge.jsonl')]
     tasks = [task['instruction'] for task in rows('self_instruct_seed_tasks.jsonl')
              if not any(instance['input'] for instance in task['instances'])]
     open_arc = [q for q in arc if 'of these' not in q and 'following' not in q]
-    return [*(row['question'] for row in truthful), *open_arc, *tasks]
+    problems = [row['question'] for row in rows('gsm8k_test.jsonl')]
+    return [*(row['question'] for row in truthful), *open_arc, *problems, *tasks]
 
 # %% ../../nbs/12_lab/12_questions.ipynb #2cdb2c1c
 def letters(
