@@ -23,6 +23,7 @@ def own_questions() -> list[str]:
 # %% ../../nbs/12_lab/12_questions.ipynb #6bdee8fd
 def published_questions(
     folder: Path,  # truthfulqa_mc_task.json, {arc_challenge,gsm8k_test,self_instruct_seed_tasks}.jsonl
+    n_problems: int = 300,  # of GSM8K's, whose answers are longer than others
 ) -> list[str]:
     "Open questions of four benchmarks."
     def rows(name): return map(json.loads, (folder / name).read_text('utf-8').splitlines())
@@ -31,7 +32,7 @@ def published_questions(
     tasks = [task['instruction'] for task in rows('self_instruct_seed_tasks.jsonl')
              if not any(instance['input'] for instance in task['instances'])]
     open_arc = [q for q in arc if 'of these' not in q and 'following' not in q]
-    problems = [row['question'] for row in rows('gsm8k_test.jsonl')]
+    problems = [row['question'] for row in rows('gsm8k_test.jsonl')][:n_problems]
     return [*(row['question'] for row in truthful), *open_arc, *problems, *tasks]
 
 # %% ../../nbs/12_lab/12_questions.ipynb #2cdb2c1c
