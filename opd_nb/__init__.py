@@ -200,7 +200,7 @@ RENAMED = {old: dict(pair.split('=') for pair in pairs.split()) for old, pairs i
     endpoints='AtOnce=OneRequest HALF=REPLACEMENT Names=TokenNames Rows=TokenScores '
               'need=require',
     engine='Listed=TopKSide PIECE_BYTES=BLOCK_BYTES Piece=Block inside=span_positions '
-           'over_pieces=sum_over_blocks piece_bounds=group_by_rows',
+           'over_pieces=sum_over_blocks piece_bounds=group_units',
     eval_command='read_words=read_arguments run=run_eval',
     eval_tasks='find_file=find_task_file',
     experiment='Budget=RunBudget split=split_batch',

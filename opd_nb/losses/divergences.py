@@ -139,7 +139,7 @@ class _TargetKL(torch.autograd.Function):
         missing = (1 - total).clamp(min=0)
         asked = t > 0 if rest is None else ~rest
         unasked = p.masked_fill(asked, 0)
-        values = torch.linalg.vecdot(t, t.clamp(min=1e-37).log_().sub_(z)) + log_norm * total
+        values = t.clamp(min=1e-37).log_().sub_(z).mul_(t).sum(-1) + log_norm * total
         if pools.n:
             change, share = _pooled_terms(z, t, log_norm, pools)
             values += change
