@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 
 from ..core.config import OPDConfig
-from ..core.distributed import all_gather
+from ..core.distributed import all_gather, on_main_process
 from ..core.errors import BadInput, Interrupted
 from ..core.files import damaged_files, move_into_place, write_checksums, write_whole
 from ..core.sources import read_yaml
@@ -37,7 +37,7 @@ from ..models.fsdp import (
     load_sharded_weights)
 from ..teachers.base import Teacher, as_teacher
 from ..monitor.run_log import read_log, explain_write_errors
-from .vllm_rollouts import VLLMRollouts, on_main_process
+from .vllm_rollouts import VLLMRollouts
 
 log = logging.getLogger('opd_nb')
 

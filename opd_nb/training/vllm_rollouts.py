@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['log', 'PLAIN_SAMPLING', 'TRANSFER_FLAGS', 'ADAPTER_FLAGS', 'TOLERANCE', 'VERSION', 'PROBE_ROWS', 'PROBE_TOKENS',
            'completion_request', 'sampled_tokens', 'parse_completion', 'push_weights', 'logprob_differences',
-           'ratio_metrics', 'active_dtype', 'check_same_weights', 'on_main_process', 'remove_versions', 'Writing',
-           'VLLMRollouts', 'rollout_function']
+           'ratio_metrics', 'active_dtype', 'check_same_weights', 'remove_versions', 'Writing', 'VLLMRollouts',
+           'rollout_function']
 
 # %% ../../nbs/09_training/02_vllm_rollouts.ipynb #c003
 import logging
@@ -20,7 +20,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -30,9 +29,9 @@ from ..core.config import OPDConfig
 from ..core.errors import BadInput
 from ..core.files import make_readable
 from ..core.types import Conversation, PositionChoice, Rollout
-from ..core.distributed import all_gather, all_or_none
+from ..core.distributed import all_gather, all_or_none, on_main_process
 from ..alignment.chat import ChatCodec
-from ..models.fsdp import gather_state, is_sharded, take_part
+from ..models.fsdp import gather_state, is_sharded, take_part, together
 from ..models.lm import LM, read
 from ..models.served_weights import served_weights
 from ..hosted.client import Malformed, Request, strict_reader
@@ -200,16 +199,6 @@ def check_same_weights(
         'See that it serves the student in the same number format and loads what it is given '
         '(its log tells), then resume.')
 
-# %% ../../nbs/09_training/02_vllm_rollouts.ipynb #c030
-def on_main_process(
-    work: Callable[[], Any],  # called in the main process only
-) -> Any:                     # what it returned, in every process
-    "Do something once for all processes."
-    from accelerate.utils import broadcast_object_list
-    state = PartialState()
-    result = all_or_none(state, lambda: work() if state.is_main_process else None)
-    return broadcast_object_list([result])[0]
-
 # %% ../../nbs/09_training/02_vllm_rollouts.ipynb #b21fdf52
 VERSION = re.compile(r'opd-[0-9a-f]{6}-\d+')  # what `VLLMRollouts` calls its pushes
 
@@ -286,11 +275,14 @@ class VLLMRollouts:
         if self.version is None or step < self.version or step >= self.version + self.sync_every:
             self._push(lm, step)
         elif self.model != self.weights_name:  # whole weights; an adapter is asked for by name
-            found = self.server.weight_version()
-            if found != self.weights_name:
-                raise StaleWeights(
-                    self.server.who, f'has the weights {found}, not {self.weights_name}: '
-                    'it was restarted, or somebody else uses it', 'Resume; it is given them again.')
+            together(lm.model, self._check_version)
+
+    def _check_version(self):
+        found = self.server.weight_version()
+        if found == self.weights_name: return
+        raise StaleWeights(
+            self.server.who, f'has the weights {found}, not {self.weights_name}: '
+            'it was restarted, or somebody else uses it', 'Resume; it is given them again.')
 
     def _push(self, lm: LM, step: int):
         for writing in self.begun.values():
@@ -353,8 +345,9 @@ class VLLMRollouts:
         asked, ahead = time.perf_counter(), writing is not None
         if not ahead:
             self.sync_weights(lm, step)
-            writing = self._begin(lm, conversations, max_new_tokens, step, **how)
-        rollouts = self._read(lm, writing)
+            writing = together(
+                lm.model, lambda: self._begin(lm, conversations, max_new_tokens, step, **how))
+        rollouts = together(lm.model, lambda: self._read(lm, writing))
         span = writing.span(asked) if ahead else {}
         differences = self._differences(lm, rollouts, self.rows_checked)
         if step == writing.version: self._require_same(lm, differences)
@@ -374,9 +367,12 @@ class VLLMRollouts:
         self.begun = {at: writing for at, writing in self.begun.items() if at == now}
         self.sync_weights(lm, now)
         few, short = conversations[:PROBE_ROWS], min(max_new_tokens, PROBE_TOKENS)
-        probe = self._begin(lm, few, short, now, **how)
-        writing = self._begin(lm, conversations, max_new_tokens, step, **how)
-        differences = self._differences(lm, self._read(lm, probe), PROBE_ROWS)
+        def ask():
+            probe = self._begin(lm, few, short, now, **how)
+            writing = self._begin(lm, conversations, max_new_tokens, step, **how)
+            return writing, self._read(lm, probe)
+        writing, probed = together(lm.model, ask)
+        differences = self._differences(lm, probed, PROBE_ROWS)
         if self.version == now: self._require_same(lm, differences)  # or the weights are older
         self.begun[step] = writing
 
@@ -402,7 +398,9 @@ class VLLMRollouts:
         return logprob_differences(lm, rollouts[::max(1, len(rollouts) // n_rows)])
 
     def _require_same(self, lm: LM, differences: torch.Tensor):
-        if len(differences): check_same_weights(differences, active_dtype(lm), self.server.who)
+        def check():
+            if len(differences): check_same_weights(differences, active_dtype(lm), self.server.who)
+        together(lm.model, check)
 
     def state(self,
         step: int,    # that comes next
@@ -420,15 +418,18 @@ class VLLMRollouts:
 
     def _restored(self, lm: LM, conversations: list[Conversation], step: int, first_row: int = 0,
                   max_prompt_tokens: int | None = None, **how) -> Writing | None:
-        "What a checkpoint had for a step, if it is of these prompts."
+        "What a checkpoint had for a step, if it is of the prompts of every process."
         if self.kept.get('step') != step: return None
-        rows = self.kept['rows'][first_row:][:len(conversations)]
+        version = self.kept['version']
+        rows, self.kept = self.kept['rows'][first_row:][:len(conversations)], {}
         prompts = [fit_prompt(lm.codec, c, max_prompt_tokens) for c in conversations]
-        if [key for key, *_ in rows] != [p.conversation.key for p in prompts]: return None
+        same = [key for key, *_ in rows] == [p.conversation.key for p in prompts]
+        if not all(all_gather(PartialState(), [same])): return None  # another batch, or other data
         replies = Future()
         replies.set_result([dict(choices=[dict(token_ids=ids, logprobs=dict(token_logprobs=x))])
                             for _, ids, x in rows])
-        return Writing(step, self.kept['version'], prompts, replies)
+        self.begun[step] = Writing(step, version, prompts, replies)
+        return self.begun[step]
 
 # %% ../../nbs/09_training/02_vllm_rollouts.ipynb #c034
 def rollout_function(

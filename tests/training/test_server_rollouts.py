@@ -73,8 +73,7 @@ def test_bad_addresses(spec, tmp_path):
 ONE_OF_TWO = '''
 import sys
 from opd_nb.core.errors import BadInput
-from opd_nb.core.distributed import process_state
-from opd_nb.training.vllm_rollouts import on_main_process
+from opd_nb.core.distributed import on_main_process, process_state
 state = process_state('cpu')
 def work(): raise eval(sys.argv[1])
 print(on_main_process(lambda: state.process_index + 7))
@@ -356,6 +355,37 @@ def test_a_divided_student_is_put_together(sync, lora, tmp_path):
         assert done.returncode == 0, done.stderr[-3000:]
     with writing_server('tiny:student') as (url, _): alone = VLLMRollouts(f'vllm:{url}', tmp_path / 'alone')(student(lora), ASKS, 8, step=1)
     assert [(tmp_path / f'said-{k}').read_text() for k in range(2)] == [str([r.ids for r in alone[3 * k:3 * k + 3]]) for k in range(2)]
+
+
+ONE_HALF_FAILS = TWO_HALVES.partition('for step in range(2)')[0] + '''
+from opd_nb.core.distributed import all_gather
+writer.server.retries, said = 0, 'nothing'
+def ask(step): return writer(lm, mine, 24, step=step, first_row=state.process_index * 3)
+ask(0)
+try:
+    writer.write_ahead(lm, mine, 24, step=1, now=0, first_row=state.process_index * 3)
+    ask(1)
+except Exception as e: said = type(e).__name__
+open(f'{folder}/said-{state.process_index}', 'w').write(str([said, all_gather(state, [state.process_index])]))
+'''
+
+
+@slow
+@pytest.mark.parametrize('most', [16, 24], ids=['probe', 'written ahead'])
+def test_a_request_that_fails_in_one_process_ends_both(most, tmp_path):
+    "The other process would wait for the failed one's half of a layer."
+    (tmp_path / 'two.py').write_text(ONE_HALF_FAILS)
+    lm, asked = student(''), []
+    second = [fit_prompt(lm.codec, c, None).ids for c in ASKS[3:]]
+    def gate(body):
+        asked.append(body['max_tokens'])
+        assert not (16 in asked and body['max_tokens'] == most and body['prompt'] in second), 'away'
+    with writing_server('tiny:student') as (url, state):
+        state.gate = gate
+        env = os.environ | dict(ACCELERATE_USE_CPU='true', PYTHONPATH=os.pathsep.join(map(str, (ROOT, ROOT / 'tests', ROOT / 'tests' / 'training'))))
+        done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '--standalone', str(tmp_path / 'two.py'), url, str(tmp_path), 'disk', ''], capture_output=True, text=True, timeout=120, env=env)
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert [(tmp_path / f'said-{k}').read_text() for k in range(2)] == ["['RolloutServerGone', [0, 1]]"] * 2
 
 
 @slow
