@@ -43,8 +43,8 @@ class BatchText:
         end: int,     # laid out
     ) -> bytes:
         "What stands between two offsets of a row."
-        base = start // stride * stride
-        return bytes(self.text[start // stride][start - base:end - base])
+        row, first = divmod(int(start), stride)
+        return bytes(self.text[row][first:first + int(end) - int(start)])
 
 # %% ../../nbs/02_alignment/07_byte_positions.ipynb #b002
 def last_bytes(
@@ -101,16 +101,17 @@ def is_whitespace(
 
 def continues_same_text(
     batch: BatchText,                      # see `batch_text`
-    place: Place,                          # two positions
+    student: np.ndarray,                   # [K] positions
+    teacher: np.ndarray,                   # [K] the teacher's, which contain their first bytes
     leads: tuple[np.ndarray, np.ndarray],  # of both sides, see `template_bytes`
-    stops: tuple[bool, bool],              # whether the token there ends the turn, on each side
-) -> bool:
+    stops: tuple[np.ndarray, np.ndarray],  # of both sides: whether a token ends the turn
+) -> np.ndarray:                           # [K] bool
     "Whether the student's token and the teacher's continue the same bytes, as far as known."
-    one_in_template = (leads[0][place.student] != leads[1][place.teacher]).any()
-    if one_in_template: return False  # only one side's first token begins in its template
-    if stops[0] != stops[1]: return False
-    inside = batch.start[0][place.student] > batch.start[1][place.teacher]
-    return not inside or bool(batch.exact[place.teacher] and not stops[0])
+    # else only one side's first token begins in its template
+    alike = (leads[0][student] == leads[1][teacher]).all(-1)
+    alike &= stops[0][student] == stops[1][teacher]
+    inside = batch.start[0][student] > batch.start[1][teacher]
+    return alike & (~inside | (batch.exact[teacher] & ~stops[0][student]))
 
 # %% ../../nbs/02_alignment/07_byte_positions.ipynb #c012
 def containing_tokens(
@@ -126,19 +127,21 @@ def containing_tokens(
     sides = zip((student_ids, teacher_ids), (a.student_ends, a.teacher_ends), vocab.tokens)
     leads = tuple(template_bytes(torch.tensor(ids, dtype=torch.long), ends, a.stride, tokens)
                   for ids, ends, tokens in sides)
+    stops = tuple(np.isin(ids, list(ends_turn))
+                  for ids, ends_turn in zip((student_ids, teacher_ids), vocab.stops))
+    looked_at = np.ones(a.n_student, bool) if counted is None else np.array(counted, bool)
     containing = np.searchsorted(a.teacher_ends, batch.start[0], side='right')
-    found, whitespace, mismatched = [], 0, 0
-    for p, g in enumerate(containing.tolist()):
-        if counted is not None and not counted[p]: continue
-        place = Place(p, g, int(a.student_ends[p] // a.stride))
-        if g == a.n_teacher or a.teacher_ends[g] // a.stride != place.row:
-            mismatched += 1
-            continue
-        stops = student_ids[p] in vocab.stops[0], teacher_ids[g] in vocab.stops[1]
-        if not continues_same_text(batch, place, leads, stops): mismatched += 1
-        elif not train_whitespace and is_whitespace(batch.wrote[p]): whitespace += 1
-        else: found.append(place)
-    return Places(found, whitespace, mismatched)
+    student = np.flatnonzero(looked_at & (containing < a.n_teacher))
+    row = a.student_ends[student] // a.stride
+    in_row = a.teacher_ends[containing[student]] // a.stride == row
+    student, row = student[in_row], row[in_row]
+    alike = continues_same_text(batch, student, containing[student], leads, stops)
+    places = [Place(p, int(containing[p]), r)
+              for p, r in zip(student[alike].tolist(), row[alike].tolist())]
+    found = [place for place in places
+             if train_whitespace or not is_whitespace(batch.wrote[place.student])]
+    mismatched = int(looked_at.sum()) - len(places)
+    return Places(found, len(places) - len(found), mismatched)
 
 # %% ../../nbs/02_alignment/07_byte_positions.ipynb #b005
 class LongerToken(NamedTuple):
