@@ -262,6 +262,7 @@ def test_real_in_small(tmp_path):
     m = json.loads((tmp_path / 'metrics.json').read_text())
     assert {'before', 'teacher', 'cover', 'sft', 'control', 'sft_cover', 'gold'} == set(m['figures']) and all(a['steps'] > 1 and a['tokens'] > 0 for a in m['arms'].values())
     assert m['figures']['before']["teacher's text under it"] > m['figures']['teacher']["teacher's text under it"] and 'cover:' in m['result']
+    assert {'nll, equally long', 'stopped'} <= set(m['against']['cover − before'])
     assert len(json.loads((tmp_path / 'cover.json').read_text())['result']['answers']) == 4
 
 
