@@ -107,7 +107,7 @@ def continues_same_text(
     stops: tuple[np.ndarray, np.ndarray],  # of both sides: whether a token ends the turn
 ) -> np.ndarray:                           # [K] bool
     "Whether the student's token and the teacher's continue the same bytes, as far as known."
-    # else only one side's first token begins in its template
+    # unlike, if the first token of one side alone begins in its template
     alike = (leads[0][student] == leads[1][teacher]).all(-1)
     alike &= stops[0][student] == stops[1][teacher]
     inside = batch.start[0][student] > batch.start[1][teacher]

@@ -26,8 +26,12 @@ def published_questions(
     n_problems: int = 300,  # of GSM8K's, whose answers are longer than others
 ) -> list[str]:
     "Open questions of four benchmarks."
-    def rows(name): return map(json.loads, (folder / name).read_text('utf-8').splitlines())
-    truthful = json.loads((folder / 'truthfulqa_mc_task.json').read_text('utf-8'))
+    def text(name):
+        if (folder / name).is_file(): return (folder / name).read_text('utf-8')
+        raise BadInput('real_data', folder, f'has no {name}', 'Add it, or name no folder.')
+
+    def rows(name): return map(json.loads, text(name).splitlines())
+    truthful = json.loads(text('truthfulqa_mc_task.json'))
     arc = [row['query'].removeprefix('Question: ') for row in rows('arc_challenge.jsonl')]
     tasks = [task['instruction'] for task in rows('self_instruct_seed_tasks.jsonl')
              if not any(instance['input'] for instance in task['instances'])]
