@@ -75,6 +75,10 @@ ARMS = dict(
     sft_few_more=Arm(dict(method='sft'), 'sft', (), 500, 50_000),
     kd_few_more=Arm(dict(method='kd', loss='cover'), 'kd', (), 500, 50_000),
     cover_few_more=on_policy('cover', (), prompts=500, sft_tokens=50_000, loss='cover'),
+    warm_more=on_policy('cover', (), 1.0, sft_tokens=900_000, loss='cover'),
+    warm_few_more=on_policy('cover', (), 1.0, 500, 50_000, loss='cover'),
+    reverse_more=on_policy('cover', (), sft_tokens=900_000, loss='cover', beta=1.0),
+    reverse_few_more=on_policy('cover', (), prompts=500, sft_tokens=50_000, loss='cover', beta=1.0),
 )
 
 # %% ../../nbs/12_lab/05_arms.ipynb #c008
