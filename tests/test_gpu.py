@@ -241,7 +241,7 @@ def test_how_long_the_losses_take(tmp_path):
     import json, subprocess, sys
     from conftest import ROOT
     sizes = dict(rows=16_000) if GPU == 'cuda' else dict(rows=16, dims='16', student_vocab=2000, teacher_vocab=1500)
-    given = sizes | dict(lengths='16', repeats=5 if GPU == 'cuda' else 1, peer=False, real_models='none', text_mb=.02, real_data=str(real('tokenizers').parent), output_dir=str(tmp_path))
+    given = sizes | dict(lengths='16', repeats=5 if GPU == 'cuda' else 1, peer=False, copy_runs=0, real_models='none', text_mb=.02, real_data=str(real('tokenizers').parent), output_dir=str(tmp_path))
     words = [w for k, v in given.items() for w in ('-p', k, str(v))]
     done = subprocess.run([sys.executable, '-m', 'papermill', str(ROOT / 'nbs/runs/benchmark.ipynb'), str(tmp_path / 'out.ipynb'), *words], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

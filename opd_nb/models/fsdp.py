@@ -44,6 +44,10 @@ def check_fsdp_settings(
     config: OPDConfig,
 ):
     "Raise `BadInput` for a setting that cannot work under FSDP."
+    if config.rollout_dtype != 'auto':
+        raise BadInput('rollout_dtype', config.rollout_dtype, 'cannot be had under FSDP: the copy '
+                       'that writes would be whole in each process',
+                       'Leave it out, or have --rollouts vllm:http://HOST:8000 write.')
     if not config.quantize: return
     raise BadInput('quantize', config.quantize, 'cannot be had under FSDP: bitsandbytes packs the '
                    'weights of a matrix, which cannot be divided by rows then',

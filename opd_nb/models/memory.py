@@ -303,7 +303,10 @@ def estimate(
     copy = {'weights in bfloat16': product * student.weights} if product < size else {}
     if config.quantize: copy |= {'a matrix unpacked': product * student.hidden * student.inner}
 
-    writing = generation_bytes(student, size, min(n_rollouts, n_written), prompt, load.new) | copy
+    own = config.rollout_dtype == 'auto'  # the student itself writes
+    write_size = size if own else pick_dtype(config.rollout_dtype, device).itemsize
+    writing = generation_bytes(student, write_size, min(n_rollouts, n_written), prompt, load.new)
+    if own: writing |= copy
     asking = {}
     if teacher:
         layer = teacher_layer_bytes(teacher, load, teacher_size)
@@ -315,8 +318,9 @@ def estimate(
         "head's gradient": 0 if config.lora else 2 * 4 * student.vocab * student.hidden,
         'signals': signals,
     } | copy
-    return Need(fixed_bytes(config, student, teacher, size, teacher_size),
-                dict(writing=writing, asking=asking, learning=learning))
+    fixed = fixed_bytes(config, student, teacher, size, teacher_size)
+    if write_size != size: fixed['the copy that writes'] = write_size * student.weights
+    return Need(fixed, dict(writing=writing, asking=asking, learning=learning))
 
 # %% ../../nbs/03_models/04_memory.ipynb #c016
 class LiveTensors(TorchDispatchMode):

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['uniforms', 'KeyedSampler', 'FittedPrompt', 'without_oldest_turn', 'last_characters', 'fit_prompt', 'prompt_limit',
-           'rollout', 'as_rollout', 'stored_tokens', 'stored_rollouts']
+           'rollout', 'CastRollouts', 'as_rollout', 'stored_tokens', 'stored_rollouts']
 
 # %% ../../nbs/09_training/01_rollouts.ipynb #c003
 import bisect
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 from ..core.errors import BadInput
 from ..core.types import Conversation, Rollout
 from ..alignment.chat import ChatCodec
+from ..models.cast_copy import CastCopy
 from ..models.lm import LM
 from ..models.writing import write
 from ..losses.positions import entropy
@@ -44,15 +46,17 @@ class KeyedSampler:
     temperature: float = 1.0
     top_p: float = 1.0       # keep the most probable tokens that together have this probability
     entropies: torch.Tensor | None = None  # [rows, max_new_tokens] where those at temperature 1 go
+    logprobs: torch.Tensor | None = None   # the same, of the tokens that are chosen
 
     def __call__(self,
         logits: torch.Tensor,    # [lines, V]
         rows: torch.Tensor,      # [lines] their rows in the batch
         n_written: int,          # tokens that each of them has
     ) -> torch.Tensor:           # [lines] the next token of each
-        p = (logits.float() / self.temperature).softmax(-1)
+        p = plain = (logits.float() / self.temperature).softmax(-1)
+        keeps = self.entropies is not None or self.logprobs is not None
+        if keeps and self.temperature != 1: plain = logits.float().softmax(-1)
         if self.entropies is not None:
-            plain = p if self.temperature == 1 else logits.float().softmax(-1)
             self.entropies[rows, n_written] = entropy(plain).to(self.entropies)
         order = None
         if self.top_p < 1:
@@ -62,6 +66,8 @@ class KeyedSampler:
         u = self.numbers[rows, n_written].to(p.device)[:, None] * cumulative[:, -1:]
         pick = torch.searchsorted(cumulative, u, right=True).clamp(max=p.shape[1] - 1)
         if order is not None: pick = order.gather(1, pick)
+        if self.logprobs is not None:
+            self.logprobs[rows, n_written] = plain.gather(1, pick)[:, 0].log().to(self.logprobs)
         return pick[:, 0]
 
 # %% ../../nbs/09_training/01_rollouts.ipynb #c013
@@ -145,6 +151,7 @@ def rollout(
     batch: int = 64,           # completions that are sampled at a time
     max_prompt_tokens: int | None = None, # see `fit_prompt`
     keep_entropies: bool = False,         # of the student's distribution at each token
+    keep_logprobs: bool = False,          # of each token in it
 ) -> list[Rollout]:            # one for each conversation, in their order
     "Sample a completion of each prompt from the student."
     prompts = [fit_prompt(lm.codec, c, max_prompt_tokens) for c in conversations]
@@ -154,14 +161,34 @@ def rollout(
         rows = order[start:start + batch]
         numbers = uniforms(seed, step, [first_row + i for i in rows], max_new_tokens)
         entropies = torch.zeros(numbers.shape) if keep_entropies else None
-        sampler = KeyedSampler(numbers, temperature, top_p, entropies)
+        logprobs = torch.zeros(numbers.shape) if keep_logprobs else None
+        sampler = KeyedSampler(numbers, temperature, top_p, entropies, logprobs)
         sampled = write(lm, [prompts[i].ids for i in rows], max_new_tokens, sampler)
         for at, (i, ids) in enumerate(zip(rows, sampled)):
             data, ends, stopped = lm.codec.read(ids)
-            kept = tuple(entropies[at, :len(ids)].tolist()) if keep_entropies else None
+            of_row = {name: tuple(kept[at, :len(ids)].tolist())
+                      for name, kept in (('entropies', entropies), ('logprobs', logprobs))
+                      if kept is not None}
             rollouts[i] = Rollout(prompts[i].conversation, tuple(prompts[i].ids), tuple(ids),
-                                  tuple(ends.tolist()), data, stopped, entropies=kept)
+                                  tuple(ends.tolist()), data, stopped, **of_row)
     return rollouts
+
+# %% ../../nbs/09_training/01_rollouts.ipynb #3aaf5125
+class CastRollouts:
+    "Rollouts that a copy of the student in another number format writes."
+    def __init__(self,
+        write: Callable[..., list[Rollout]],  # `rollout`, or one with the same arguments
+        dtype: torch.dtype,                   # of the copy
+    ):
+        self.write, self.copy = write, CastCopy(dtype)
+
+    def __call__(self,
+        lm: LM,       # the student
+        conversations: list[Conversation],
+        *args, **kwargs,    # of `rollout`
+    ) -> list[Rollout]:     # with the copy's logprobs
+        with torch.autocast(lm.device.type, enabled=False):
+            return self.write(self.copy.of(lm), conversations, *args, keep_logprobs=True, **kwargs)
 
 # %% ../../nbs/09_training/01_rollouts.ipynb #c020
 def as_rollout(

@@ -38,7 +38,7 @@ from ..hosted.client import Malformed, Request, strict_reader
 from ..hosted.vllm_server import RolloutServerGone, StaleWeights, VLLMServer
 from ..hosted.weight_transfer import NCCLSender, WeightTransfer, takes_transfers
 from ..teachers.scoring_apis import read_id, read_logprob, require
-from .rollouts import FittedPrompt, fit_prompt, rollout
+from .rollouts import CastRollouts, FittedPrompt, fit_prompt, rollout
 
 log = logging.getLogger('opd_nb')
 
@@ -193,8 +193,7 @@ def check_same_weights(
     tolerance = TOLERANCE[dtype]
     if mean <= tolerance: return
     raise StaleWeights(
-        who,
-        f'does not have the weights of the student: its log-probabilities differ by up to '
+        who, f'does not have the weights of the student: its log-probabilities differ by up to '
         f'{largest:.3g} nats, {mean:.3g} on average; {str(dtype)[6:]} allows {tolerance:g}',
         'See that it serves the student in the same number format and loads what it is given '
         '(its log tells), then resume.')
@@ -436,11 +435,13 @@ def rollout_function(
     config: OPDConfig,   # `rollouts`, `output_dir`, `sync`, `sync_every`, `staleness`
 ) -> Callable[..., list[Rollout]]:  # with the signature of `rollout`
     "What samples the rollouts of a run: this process, or a vLLM server."
+    if config.rollouts != 'here':
+        return VLLMRollouts(config.rollouts, config.output_dir, config.sync_every, sync=config.sync)
+    if config.staleness: raise _writes_here(config.staleness)
     by_entropy = PositionChoice.parse(config.positions).rule == 'entropy'
-    if config.rollouts == 'here':
-        if config.staleness: raise _writes_here(config.staleness)
-        return partial(rollout, keep_entropies=True) if by_entropy else rollout
-    return VLLMRollouts(config.rollouts, config.output_dir, config.sync_every, sync=config.sync)
+    write = partial(rollout, keep_entropies=True) if by_entropy else rollout
+    if config.rollout_dtype == 'auto': return write
+    return CastRollouts(write, getattr(torch, config.rollout_dtype))
 
 
 def _writes_here(staleness: int) -> BadInput:
