@@ -261,7 +261,8 @@ def student_of(
     "A student without its weights."
     token = secret_value(config.hf_token)
     options = token, config.revision, config.trust_remote_code
-    source = Source(config.student, 'student', model_path(config.student, 'student'), *options)
+    path = model_path(config.student, 'student', token)
+    source = Source(config.student, 'student', path, *options)
     tok = load_tokenizer(source, config.template, config.chat_template)
     text = load_config(config.student, 'student', *options).get_text_config()
     base = adapter_base(source.path, token, config.revision)

@@ -58,7 +58,7 @@ def adapter_base(
         raise BadInput('base_model_name_or_path', base,
                        f'must name the model that the adapters of {path} stand on',
                        'Write its Hub id or folder into adapter_config.json.')
-    if base.startswith('gguf:'): return model_path(base), None
+    if base.startswith('gguf:'): return model_path(base, token=token), None
     if base.startswith(('.', '/', '~')) and not is_folder(base):
         raise BadInput('base_model_name_or_path', base,
                        f'is a folder that is not there; the adapters of {path} stand on it',
@@ -125,7 +125,7 @@ def explain_load_errors(
     source: Source,
 ) -> Iterator[None]:
     "Raise what transformers and peft raise as `BadInput`, in one sentence."
-    path = model_path(source.spec, source.role)
+    path = model_path(source.spec, source.role, source.token)
     about = '' if source.path == path else f'stands on {source.path}, which '
     try: yield
     except BadInput: raise
@@ -153,7 +153,7 @@ def load_config(
 ):                                   # transformers config
     "The config of a model, without its weights. Raises `BadInput` as `LM.load` does."
     from transformers import AutoConfig
-    source = Source(spec, role, model_path(spec, role), token, revision, trust_remote_code)
+    source = Source(spec, role, model_path(spec, role, token), token, revision, trust_remote_code)
     with explain_load_errors(source):
         base = source.at(*adapter_base(source.path, token, revision))
     with explain_load_errors(base): return AutoConfig.from_pretrained(base.path, **base.hub)
@@ -191,7 +191,8 @@ def check_whole(
         problems.append(f'the {kind} has no place for {of_file}')
     if mismatched: problems.append(f'{count_and_names(mismatched)} of its file have another shape')
     if not problems: return
-    where = '' if source.path == model_path(source.spec, source.role) else f' ({source.path})'
+    named = model_path(source.spec, source.role, source.token)
+    where = '' if source.path == named else f' ({source.path})'
     raise source.error(f'is not loaded as a whole{where}: {"; ".join(problems)}',
                        'Fetch it again, or save it again with save_pretrained of the model itself, '
                        'not of a wrapper; its config must be the one it was saved with.')

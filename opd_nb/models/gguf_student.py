@@ -375,9 +375,10 @@ def student_folder(
     rest: str,    # of the spec, see `find_file`
     role: str,    # the field named in errors
     spec: str,    # as the user typed it
+    token: str | None = None,  # Hugging Face token
 ) -> str:         # what `from_pretrained` is given
     "The folder that stands for a GGUF file. Raises `BadInput` if there is none to be had."
-    try: path = find_file(rest, PREFERRED)
+    try: path = find_file(rest, PREFERRED, token)
     except BadInput as e: raise BadInput(role, spec, e.allowed, e.remedy) from None
     return str(unpacked(StudentFile(path, spec, role)))
 

@@ -186,12 +186,13 @@ def is_file(
 def model_path(
     spec: str,             # 'hf:ID', 'gguf:FILE', 'tiny:NAME', a folder or a Hub id
     role: str = 'student', # the field named in errors; 'teacher' makes a bare `tiny:` the teacher
+    token: str | None = None, # Hugging Face token, for a GGUF file of a closed repository
 ) -> str:                  # what `from_pretrained` is given
     "The folder or Hub id that a spec means."
     scheme, rest = split_scheme(spec)
     default = 'teacher' if role == 'teacher' else 'student'
     if scheme == 'tiny': return str(tiny_folder(rest or default))
-    if scheme in SCHEMES: return SCHEMES[scheme](rest, role, spec)
+    if scheme in SCHEMES: return SCHEMES[scheme](rest, role, spec, token)
     known = ['hf:', 'tiny:', *(f'{name}:' for name in SCHEMES.names)]
     if scheme != 'hf': raise unknown(f'{role} scheme', scheme + ':', known)
     if looks_local(rest, says_hub=spec.startswith('hf:')): return model_folder(rest, role, spec)

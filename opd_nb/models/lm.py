@@ -276,7 +276,7 @@ class LM:
         """
         from transformers import logging
         logging.disable_progress_bar()  # of weights read from disk; downloads keep theirs
-        path, device = model_path(spec, role), pick_device(device)
+        path, device = model_path(spec, role, token), pick_device(device)
         source = Source(spec, role, path, token, revision, bool(trust_remote_code))
         announce_download(path, revision, token)
         tok = load_tokenizer(source, template, chat_template)

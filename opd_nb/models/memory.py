@@ -224,9 +224,9 @@ def generation_batch_size(
     prompt: int,     # tokens; no prompt has more
     device: torch.device, # the student's
 ) -> int:            # completions, at least those of a micro-batch
-    "Completions to write at a time: on a GPU, as many as fit where a micro-batch is learnt."
-    # a CPU takes longer for more; the scores of eager attention grow with the square of a prompt
-    if device.type == 'cpu' or config.attention == 'eager': return rows
+    "Completions to write at a time: as many as fit where a micro-batch is learnt."
+    # the scores of eager attention grow with the square of a prompt
+    if config.attention == 'eager': return rows
     size, new = weight_and_product_bytes(config, device)[0], config.max_new_tokens
     fits = []
     for tokens in (0, prompt):
@@ -319,7 +319,8 @@ def estimate(
         'signals': signals,
     } | copy
     fixed = fixed_bytes(config, student, teacher, size, teacher_size)
-    if write_size != size: fixed['the copy that writes'] = write_size * student.weights
+    if write_size != size:
+        fixed['the copy that writes'] = write_size * (student.weights + student.adapted)
     return Need(fixed, dict(writing=writing, asking=asking, learning=learning))
 
 # %% ../../nbs/03_models/04_memory.ipynb #c016

@@ -252,7 +252,8 @@ def teacher_nll_rising(now, start):
 # %% ../../nbs/08_monitor/03_alerts.ipynb #c038
 @rule('ratio_max', 'ratio_clipped',
       remedy='Update the weights of the server more often (--sync-every 1, it is {sync_every}); '
-             'check that it serves this student; use a loss that clips (--loss pg).')
+             'check that it serves this student; use a loss that clips (--loss pg); leave '
+             '--rollout-dtype out (it is {rollout_dtype}).')
 def exploding_ratio(now, start):
     """The text was written by a student that is not this one any more: single tokens pull many
     times as hard as they should."""

@@ -302,7 +302,8 @@ def may_write_by_copy(
     weight: torch.Tensor,  # [V, d] of the student's head
 ) -> bool:
     "Whether a copy in bfloat16 is worth a look: the student writes here, in float32, and is wide."
-    writes = config.method not in FROM_REFERENCES and config.rollouts == 'here'
+    by_others = config.rollouts != 'here' or not config.lam or is_scored(config.teacher)
+    writes = config.method not in FROM_REFERENCES and not by_others
     plain = weight.device.type == 'cpu' and weight.dtype == torch.float32 and not config.quantize
     return writes and plain and config.rollout_dtype == 'auto' and weight.shape[1] >= WIDE
 
@@ -337,9 +338,6 @@ def examine(
         lines = context_lines(teacher, config, prompts)
         if config.data: lines += share_lines(teacher, prompts)
         lines += template_lines(student.codec, teacher)
-        weight = head_of(student.model).weight
-        if may_write_by_copy(config, weight):
-            lines += writing_lines(product_ratio(torch.bfloat16, width=min(weight.shape[1], 2048)))
         for who, one in members(teacher):
             lines += about(who, pair_lines(student.codec, one, config))
         return lines
@@ -393,6 +391,9 @@ def check_student(
     student, wrong = attempt('student', lambda: load_student(config))
     found = codec_text(student and student.codec, config.chat_template)
     yield from wrong or [Line('ok', 'student', found)]
+    weight = head_of(student.model).weight if student else None
+    if student and may_write_by_copy(config, weight):
+        yield from writing_lines(product_ratio(torch.bfloat16, width=min(weight.shape[1], 2048)))
     return student
 
 

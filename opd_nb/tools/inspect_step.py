@@ -26,7 +26,8 @@ from ..losses.likelihood import token_logprobs
 from ..teachers.base import as_teacher, is_self, is_stored, load_teacher, row_blocks
 from ..teachers.context import TeacherContext, in_context, is_told
 from ..data.formats import load_conversations
-from ..training.rollouts import rollout, stored_rollouts
+from ..training.rollouts import stored_rollouts
+from ..training.vllm_rollouts import rollout_function
 from ..training.batch import (align_each, by_teacher, continue_rollout, distillation_loss,
                                    has_same_ids, long_for_teacher, read_and_align, reads_own_ids,
                                    score)
@@ -279,8 +280,9 @@ def sample_or_stored(
     c, student = models.config, models.student
     if is_stored(models.teacher):
         return stored_rollouts(student.codec, models.teacher, conversations, c.max_new_tokens)
-    return rollout(student, conversations, c.max_new_tokens, seed, temperature=c.temperature,
-                   top_p=c.top_p, batch=batch)
+    write = rollout_function(c.model_copy(update=dict(rollouts='here', staleness=0)))
+    return write(student, conversations, max_new_tokens=c.max_new_tokens, seed=seed,
+                 temperature=c.temperature, top_p=c.top_p, batch=batch)
 
 
 @torch.no_grad()

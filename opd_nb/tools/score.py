@@ -94,6 +94,9 @@ def check_order(
     if config.rollouts != 'here':
         raise BadInput('rollouts', config.rollouts, 'is not for opd score, whose student writes '
                        'here', 'Leave it out.')
+    if config.rollout_dtype != 'auto':
+        raise BadInput('rollout_dtype', config.rollout_dtype, 'is not for opd score, whose file '
+                       'has the logprobs of the student itself', 'Leave it out.')
     if not config.data:
         raise BadInput('data', config.data, 'must name a file with prompts',
                        'Use --data prompts.jsonl.')

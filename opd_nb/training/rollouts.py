@@ -11,6 +11,7 @@ import bisect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -179,16 +180,18 @@ class CastRollouts:
     def __init__(self,
         write: Callable[..., list[Rollout]],  # `rollout`, or one with the same arguments
         dtype: torch.dtype,                   # of the copy
+        keep_logprobs: bool = False,          # the copy's, see `rollout`
     ):
-        self.write, self.copy = write, CastCopy(dtype)
+        self.write = partial(write, keep_logprobs=keep_logprobs)
+        self.copy = CastCopy(dtype)
 
     def __call__(self,
         lm: LM,       # the student
         conversations: list[Conversation],
         *args, **kwargs,    # of `rollout`
-    ) -> list[Rollout]:     # with the copy's logprobs
+    ) -> list[Rollout]:
         with torch.autocast(lm.device.type, enabled=False):
-            return self.write(self.copy.of(lm), conversations, *args, keep_logprobs=True, **kwargs)
+            return self.write(self.copy.of(lm), conversations, *args, **kwargs)
 
 # %% ../../nbs/09_training/01_rollouts.ipynb #c020
 def as_rollout(

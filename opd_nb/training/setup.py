@@ -127,8 +127,8 @@ def load_student(
 
 
 def _is_adapters(config: OPDConfig) -> bool:
-    path, token = model_path(config.student, 'student'), hub_token(config)
-    return model_file(path, 'adapter_config.json', token, config.revision) is not None
+    path = model_path(config.student, 'student', token := hub_token(config))
+    return bool(model_file(path, 'adapter_config.json', token, config.revision))
 
 
 def _load_model(config: OPDConfig, spec: str, bits: str | None) -> LM:
@@ -190,7 +190,7 @@ def prepare(
     pairs = make_pairs(student.codec, teacher, config)
     for pair in pairs: check_positions(config, pair.teacher)
     run = Run(config, student, teacher, pairs, train, val, state,
-              compute_dtype=compute_dtype(config, student), sampler=rollout_function(config),
+              compute_dtype=compute_dtype(config, student), sampler=rollout_function(config, pairs),
               watch=Watch(config), micro_batch=config.micro_batch,
               data_hash=hash_of_data(train, teacher))
     run.watch.config = config.model_copy(update=dict(loss=run.loss_name))  # as resolved

@@ -14,7 +14,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
@@ -38,6 +38,7 @@ from ..hosted.client import Malformed, Request, strict_reader
 from ..hosted.vllm_server import RolloutServerGone, StaleWeights, VLLMServer
 from ..hosted.weight_transfer import NCCLSender, WeightTransfer, takes_transfers
 from ..teachers.scoring_apis import read_id, read_logprob, require
+from .pairs import Pair
 from .rollouts import CastRollouts, FittedPrompt, fit_prompt, rollout
 
 log = logging.getLogger('opd_nb')
@@ -433,18 +434,17 @@ class VLLMRollouts:
 # %% ../../nbs/09_training/02_vllm_rollouts.ipynb #c034
 def rollout_function(
     config: OPDConfig,   # `rollouts`, `output_dir`, `sync`, `sync_every`, `staleness`
+    pairs: Iterable[Pair] = (),  # of its student with each teacher
 ) -> Callable[..., list[Rollout]]:  # with the signature of `rollout`
     "What samples the rollouts of a run: this process, or a vLLM server."
     if config.rollouts != 'here':
         return VLLMRollouts(config.rollouts, config.output_dir, config.sync_every, sync=config.sync)
-    if config.staleness: raise _writes_here(config.staleness)
+    if config.staleness:
+        raise BadInput('staleness', config.staleness, 'has one process write and learn at once',
+                       'Add --rollouts vllm:http://HOST:8000, or leave it out.')
     by_entropy = PositionChoice.parse(config.positions).rule == 'entropy'
     write = partial(rollout, keep_entropies=True) if by_entropy else rollout
     if config.rollout_dtype == 'auto': return write
-    return CastRollouts(write, getattr(torch, config.rollout_dtype))
-
-
-def _writes_here(staleness: int) -> BadInput:
-    return BadInput('staleness', staleness, 'has the next rollouts written while this step is '
-                    'learnt, and one process cannot do both at once',
-                    'Add --rollouts vllm:http://HOST:8000, or leave it out.')
+    by_ratio = {pair.loss.name for pair in pairs} & {'pg', 'trust'}
+    keeps = bool(by_ratio or config.method == 'grpo' or config.reward_weight)
+    return CastRollouts(write, getattr(torch, config.rollout_dtype), keeps)

@@ -1,9 +1,11 @@
 "What is loaded is what its folder holds, and nothing in a folder is run unless it was allowed."
+import http.server
 import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
 import warnings
 from pathlib import Path
 
@@ -416,6 +418,7 @@ def test_a_hub_that_does_not_answer_is_asked_once(tmp_path):
         s.settimeout(.2)
         program = '''
 import sys
+import threading
 import opd_nb.models.files as files
 import opd_nb.models.hub as hub
 hub.HUB_TIMEOUT = 1
@@ -537,3 +540,37 @@ def test_special_tokens_in_a_prompt_are_said(caplog):
     assert not caplog.text
     for _ in range(2): codec.prompt([dict(role='user', content=f'Make 31.{end}\nAnd now?')])
     assert caplog.text.count('reads as a special token') == 1 and end in caplog.text
+
+
+# a closed repository
+
+class Closed(http.server.BaseHTTPRequestHandler):
+    "A Hub whose repository is only for those with a token; it notes what it was given."
+    tokens = []
+    def do_GET(self):
+        self.tokens.append(self.headers.get('Authorization'))
+        self.send_response(401)
+        self.send_header('content-length', '0')
+        self.end_headers()
+    do_HEAD = do_GET
+    def log_message(self, *a): pass
+
+
+def test_a_gguf_student_of_a_closed_repository_is_asked_for_with_the_token(tmp_path):
+    "The token of the settings, not of the environment."
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Closed)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    env = {k: v for k, v in os.environ.items() if 'OFFLINE' not in k and k != 'HF_TOKEN'}
+    env |= dict(HF_ENDPOINT=f'http://127.0.0.1:{server.server_port}', HF_HOME=str(tmp_path))
+    program = '''
+from opd_nb.core.config import OPDConfig
+from opd_nb.core.errors import BadInput
+from opd_nb.training.setup import load_student
+try: load_student(OPDConfig(_env_file=None, student='gguf:some/closed', hf_token='hf_planted_7', device='cpu'))
+except BadInput as e: print(e)
+'''
+    done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, env=env, timeout=120)
+    server.shutdown()
+    assert 'HF_TOKEN' in done.stdout and 'planted' not in done.stdout + done.stderr, done.stdout + done.stderr
+    asked = [t for t in Closed.tokens if t]
+    assert asked and set(asked) == {'Bearer hf_planted_7'}, Closed.tokens

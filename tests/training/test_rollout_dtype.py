@@ -1,4 +1,6 @@
 "Rollouts written by a copy of the student in bfloat16: whole runs on the embedded pair."
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from opd_nb.data.formats import save_conversations
 from opd_nb.lab import countdown
 from opd_nb.models.lm import LM
 from opd_nb.monitor.run_log import read_log
+from opd_nb.training.batch import read_and_align, score
 from opd_nb.training.loop import train
 from opd_nb.training.methods import sample
 from opd_nb.training.rollouts import rollout
@@ -37,21 +40,33 @@ def test_a_run_that_is_resumed_writes_the_same(prompts, tmp_path, how):
     for name, w in weights[0].items(): torch.testing.assert_close(w, weights[1][name], atol=0, rtol=0)
 
 
-def test_the_student_itself_keeps_its_format_and_learns_what_the_copy_wrote(prompts, tmp_path):
+def test_a_copy_writes_and_the_student_keeps_its_format(prompts, tmp_path):
     run = prepare(config(prompts, tmp_path))
     written = sample(run, run.train, 0)
     assert {w.dtype for w in run.student.model.parameters()} == {torch.float32}
+    how = dict(max_new_tokens=16, seed=run.config.seed, temperature=run.config.temperature)
     half = LM.load('tiny:student', device='cpu', dtype='bfloat16')
-    assert [r.ids for r in written] == [r.ids for r in rollout(half, run.train, 16, run.config.seed, 0, temperature=run.config.temperature)]
-    assert all(r.logprobs and len(r.logprobs) == len(r.ids) for r in written)
+    assert [r.ids for r in written] == [r.ids for r in rollout(half, run.train, **how)]
+    assert [r.ids for r in written] != [r.ids for r in rollout(run.student, run.train, **how)]
+    assert all(r.logprobs is None for r in written)       # `cover` divides by no probability
 
 
 def test_estimators_divide_by_the_probabilities_of_the_copy(prompts, tmp_path):
-    "On-policy `pg` has a ratio of one; for tokens of the copy it is that of student and copy."
-    from opd_nb.training.batch import read_and_align, score
     run = prepare(config(prompts, tmp_path, loss='trust'))
+    pair = run.pairs[0]
     scored = score(run.teacher, sample(run, run.train, 0))
-    pair = run.pairs[0].vocab
-    batch = read_and_align(run.student, scored.rollouts, scored.signals, pair)
-    kept = torch.tensor([x for r in scored.rollouts for x in r.logprobs])
-    torch.testing.assert_close(batch.student.logprobs, kept)
+    half = LM.load('tiny:student', device='cpu', dtype='bfloat16')
+    by_copy = rollout(half, run.train, 16, run.config.seed, temperature=run.config.temperature, keep_logprobs=True)
+    assert [r.logprobs for r in scored.rollouts] == [r.logprobs for r in by_copy]
+    batch = read_and_align(run.student, scored.rollouts, scored.signals, pair.vocab)
+    plain = replace(batch.student, logprobs=None)
+    losses = [pair.loss(student, batch.teacher, batch.alignment).total.item() for student in (batch.student, plain)]
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=.05)
+
+
+def test_what_the_copy_writes_decides_nothing_when_it_is_the_student(prompts, tmp_path):
+    "A student in bfloat16 shares all weights with its copy, and writes the same."
+    own, copy = (prepare(config(prompts, tmp_path, dtype='bfloat16', rollout_dtype=name)) for name in ('auto', 'bfloat16'))
+    assert [r.ids for r in sample(own, own.train, 0)] == [r.ids for r in sample(copy, copy.train, 0)]
+    pairs = zip(copy.sampler.copy.copy.parameters(), copy.student.model.parameters())
+    assert all(a is b for a, b in pairs)
