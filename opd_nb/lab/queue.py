@@ -304,8 +304,12 @@ MAP = tuple(
     for method in methods
 )
 
-# after SFT, at another temperature and in the other direction of KL
-PLATEAU = tuple('warm_more reverse_more warm_few_more reverse_few_more'.split())
+# after SFT: as `cover`, at another temperature, in the other direction of KL
+PLATEAU = tuple(
+    f'{variant}{prompts}_more'
+    for prompts in ('_few', '')
+    for variant in ('cover', 'warm', 'reverse')
+)
 TWICE = RunBudget(tokens=600_000, seconds=None, marks=2)
 
 # %% ../../nbs/12_lab/07_queue.ipynb #c039
@@ -327,7 +331,7 @@ def parser() -> argparse.ArgumentParser:
         'Arms, by comma, on the most different pair with twelve times the budget, in FOLDER-long.'
     )
     size.add_argument('--long', metavar='ARMS', help=long)
-    size.add_argument('--map', action='store_true', help='The arms of the map, in FOLDER-map.')
+    size.add_argument('--map', action='store_true', help='The arms of the map, in FOLDER-map and FOLDER-plateau.')
     return p
 
 
@@ -359,7 +363,7 @@ def work_as_asked(
     tell = partial(print, flush=True)
     if args.map:
         start = time.time()
-        left = work_long(args, tell, PLATEAU, (0, 1), 'map', TWICE)
+        left = work_long(args, tell, PLATEAU, (0, 1), 'plateau', TWICE)
         args.hours -= (time.time() - start) / 3600
         return left + work_long(args, tell, MAP, (0, 1), 'map')
     if args.long: return work_long(args, tell, tuple(args.long.split(',')), (0, 1, 2), 'long')
