@@ -359,12 +359,11 @@ class Settings(*reversed(TOPICS.values()), BaseSettings):
     def check_rollout_dtype(self):
         if self.rollout_dtype == 'auto': return self
         none = self.method in ('kd', 'sft') or not self.lam or self.teacher.startswith('scored:')
-        reasons = {'none is written here': none or self.rollouts != 'here',
-                   'packed weights cannot be cast': self.quantize}
-        for why in (reason for reason, holds in reasons.items() if holds):
-            raise BadInput('rollout_dtype', self.rollout_dtype,
-                           f'is for rollouts that the student writes, and {why}', 'Leave it out.')
-        return self
+        if none or self.rollouts != 'here': why = 'none is written here'
+        elif self.quantize: why = 'packed weights cannot be cast'
+        else: return self
+        raise BadInput('rollout_dtype', self.rollout_dtype,
+                       f'is for rollouts that the student writes, and {why}', 'Leave it out.')
 
     @model_validator(mode='after')
     def check_losses(self):

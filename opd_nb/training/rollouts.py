@@ -161,15 +161,13 @@ def rollout(
     for start in range(0, len(order), batch):
         rows = order[start:start + batch]
         numbers = uniforms(seed, step, [first_row + i for i in rows], max_new_tokens)
-        entropies = torch.zeros(numbers.shape) if keep_entropies else None
-        logprobs = torch.zeros(numbers.shape) if keep_logprobs else None
-        sampler = KeyedSampler(numbers, temperature, top_p, entropies, logprobs)
+        wanted = dict(entropies=keep_entropies, logprobs=keep_logprobs)
+        kept = {name: torch.zeros(numbers.shape) for name, keep in wanted.items() if keep}
+        sampler = KeyedSampler(numbers, temperature, top_p, **kept)
         sampled = write(lm, [prompts[i].ids for i in rows], max_new_tokens, sampler)
         for at, (i, ids) in enumerate(zip(rows, sampled)):
             data, ends, stopped = lm.codec.read(ids)
-            of_row = {name: tuple(kept[at, :len(ids)].tolist())
-                      for name, kept in (('entropies', entropies), ('logprobs', logprobs))
-                      if kept is not None}
+            of_row = {name: tuple(x[at, :len(ids)].tolist()) for name, x in kept.items()}
             rollouts[i] = Rollout(prompts[i].conversation, tuple(prompts[i].ids), tuple(ids),
                                   tuple(ends.tolist()), data, stopped, **of_row)
     return rollouts

@@ -127,8 +127,8 @@ def load_student(
 
 
 def _is_adapters(config: OPDConfig) -> bool:
-    path = model_path(config.student, 'student', token := hub_token(config))
-    return bool(model_file(path, 'adapter_config.json', token, config.revision))
+    path = model_path(config.student, 'student', hub_token(config))
+    return bool(model_file(path, 'adapter_config.json', hub_token(config), config.revision))
 
 
 def _load_model(config: OPDConfig, spec: str, bits: str | None) -> LM:

@@ -436,7 +436,7 @@ def rollout_function(
     config: OPDConfig,   # `rollouts`, `output_dir`, `sync`, `sync_every`, `staleness`
     pairs: Iterable[Pair] = (),  # of its student with each teacher
 ) -> Callable[..., list[Rollout]]:  # with the signature of `rollout`
-    "What samples the rollouts of a run: this process, or a vLLM server."
+    "What samples the rollouts of a run: the student, a copy of it, or a vLLM server."
     if config.rollouts != 'here':
         return VLLMRollouts(config.rollouts, config.output_dir, config.sync_every, sync=config.sync)
     if config.staleness:

@@ -418,7 +418,6 @@ def test_a_hub_that_does_not_answer_is_asked_once(tmp_path):
         s.settimeout(.2)
         program = '''
 import sys
-import threading
 import opd_nb.models.files as files
 import opd_nb.models.hub as hub
 hub.HUB_TIMEOUT = 1

@@ -68,5 +68,5 @@ def test_what_the_copy_writes_decides_nothing_when_it_is_the_student(prompts, tm
     "A student in bfloat16 shares all weights with its copy, and writes the same."
     own, copy = (prepare(config(prompts, tmp_path, dtype='bfloat16', rollout_dtype=name)) for name in ('auto', 'bfloat16'))
     assert [r.ids for r in sample(own, own.train, 0)] == [r.ids for r in sample(copy, copy.train, 0)]
-    pairs = zip(copy.sampler.copy.copy.parameters(), copy.student.model.parameters())
+    pairs = zip(copy.sampler.copy.model.parameters(), copy.student.model.parameters())
     assert all(a is b for a, b in pairs)
