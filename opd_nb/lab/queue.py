@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Run', 'FIRST', 'LUCK', 'MAIN', 'LONG', 'MAP', 'PLATEAU', 'TWICE', 'file_of', 'content', 'trial_of', 'share_solved',
            'tried', 'climbing', 'wanted_runs', 'rate_for', 'turns', 'queue', 'make', 'rate_of', 'finished',
-           'trials_before', 'due', 'finish', 'work', 'parser', 'work_long', 'work_as_asked', 'main']
+           'trials_before', 'due', 'finish', 'must_match_budget', 'work', 'parser', 'work_long', 'work_as_asked',
+           'main']
 
 # %% ../../nbs/12_lab/07_queue.ipynb #c003
 import argparse
@@ -251,6 +252,20 @@ def finish(
     except Timeout:
         return False
 
+# %% ../../nbs/12_lab/07_queue.ipynb #2000c120
+def must_match_budget(
+    folder: Path,       # of results
+    budget: RunBudget,  # of the runs that are to be made there
+):
+    "Refuse a folder whose results had another budget: they would be taken for these runs."
+    for path in sorted(folder.glob('*.json')):
+        result = content(path) or {}
+        if '@' in result.get('arm', ''): continue
+        tokens = result.get('budget', {}).get('tokens', budget.tokens)
+        if tokens != budget.tokens:
+            raise BadInput('folder', str(folder), f'has runs of {tokens:,} tokens, such as '
+                           f'{path.name}; these have {budget.tokens:,}', 'Name another folder.')
+
 # %% ../../nbs/12_lab/07_queue.ipynb #c037
 def work(
     folder: Path | str,            # of results
@@ -267,6 +282,7 @@ def work(
     It may be killed at any time, and several may work in one folder; what was finished stays.
     """
     folder, cache = Path(folder), Path(cache)
+    must_match_budget(folder, budget)
     folder.mkdir(parents=True, exist_ok=True)
     cache.mkdir(parents=True, exist_ok=True)
     end, broken = time.time() + hours * 3600, set()
@@ -341,6 +357,7 @@ def work_long(
     arms: tuple[str, ...],
     seeds: tuple[int, ...],
     part: str,                 # of the results' folder
+    hours: float,              # begin no run after that
     budget: RunBudget = LONG,  # of every run
 ) -> int:                      # what is left
     "Some arms on the most different pair, with a larger budget."
@@ -353,7 +370,7 @@ def work_long(
             raise BadInput('folder', args.folder, f'lacks the trials of {ARMS[arm].family}, which '
                            'find its learning rate', 'Make the runs without --long and --map first.')
     folder = f'{trials}-{part}'
-    return work(folder, args.cache, budget, args.hours, None, tell, trials, runs)
+    return work(folder, args.cache, budget, hours, None, tell, trials, runs)
 
 
 def work_as_asked(
@@ -363,10 +380,12 @@ def work_as_asked(
     tell = partial(print, flush=True)
     if args.map:
         start = time.time()
-        left = work_long(args, tell, PLATEAU, (0, 1), 'plateau', TWICE)
-        args.hours -= (time.time() - start) / 3600
-        return left + work_long(args, tell, MAP, (0, 1), 'map')
-    if args.long: return work_long(args, tell, tuple(args.long.split(',')), (0, 1, 2), 'long')
+        left = work_long(args, tell, PLATEAU, (0, 1), 'plateau', args.hours, TWICE)
+        rest = args.hours - (time.time() - start) / 3600
+        return left + work_long(args, tell, MAP, (0, 1), 'map', rest)
+    if args.long:
+        arms = tuple(args.long.split(','))
+        return work_long(args, tell, arms, (0, 1, 2), 'long', args.hours)
     budget = FAST if args.fast else RunBudget()
     return work(args.folder, args.cache, budget, args.hours, tell=tell)
 
