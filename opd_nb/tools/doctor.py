@@ -35,7 +35,7 @@ from ..teachers.self_teacher import self_teacher_bytes
 from ..data.formats import load_conversations
 from ..training.pairs import loss_for
 from ..training.methods import FROM_REFERENCES
-from ..training.grpo import REWARDS, check_rewards
+from ..training.grpo import check_rewards
 from ..training.setup import codec_text, load_student, with_steps
 from .machine import (Line, about, attempt, device_line, disk_line, folder_line, package_lines,
                                   python_line)
@@ -76,9 +76,8 @@ def reward_line(
     config: OPDConfig,
     rows: list[Conversation],
 ) -> Line:
-    "Whether grpo has what it needs. Raises `BadInput` if it has not."
-    check_rewards(config)
-    for c in rows if config.data else (): REWARDS[config.reward](c, '')
+    "Whether rewards have what they need. Raises `BadInput` if they have not."
+    check_rewards(config, rows if config.data else [])
     return Line('ok', 'reward',
                 f'{config.reward}, of {config.num_generations} completions to each prompt')
 
@@ -354,7 +353,7 @@ def examine(
 def check_data(
     config: OPDConfig,
 ) -> Generator[Line, None, list[Conversation]]:  # returns the prompts; none if they cannot be read
-    "Data, folder, and the reward if the method is grpo."
+    "Data, folder, and the reward if a run learns from one."
     def load():
         if is_scored(config.teacher):
             return stored_conversations(load_teacher(config.teacher, config), config)
@@ -363,7 +362,7 @@ def check_data(
     rows, wrong = attempt('data', load)
     yield from wrong or [data_line(config, rows)]
     yield folder_line(config)
-    if config.method == 'grpo':
+    if config.method == 'grpo' or config.reward_weight:
         line, wrong = attempt('reward', lambda: reward_line(config, rows or []))
         yield from wrong or [line]
     return rows or []

@@ -58,14 +58,17 @@ def reward_metrics(
 
 # %% ../../nbs/09_training/05_grpo.ipynb #c021
 def check_rewards(
-    config: OPDConfig,   # of a run that learns from rewards
+    config: OPDConfig,                  # of a run; without rewards there is nothing to check
+    prompts: list[Conversation] = (),   # that the verifier is to judge
 ):
-    "Raise `BadInput` if there is nothing to compare a completion with, or no such verifier."
+    "Raise `BadInput` if rewards have nothing to be compared with, no verifier, or none for these."
+    if config.method != 'grpo' and not config.reward_weight: return
     if config.num_generations < 2:
         raise BadInput('num_generations', config.num_generations,
                        'must be at least 2 for grpo: a completion is compared with the others of '
                        'its prompt', 'Use --num-generations 8.')
-    rewards_of(config.reward, [])
+    verifier = REWARDS[config.reward]
+    for c in prompts: verifier(c, '')
 
 
 @register_method('grpo')

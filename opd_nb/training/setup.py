@@ -37,8 +37,7 @@ from ..models.optim import add_lora, make_optimizers, make_schedule
 from ..models.fsdp import check_fsdp_settings, fsdp_requested, shard
 from ..models.gguf_student import gguf_of
 from ..models.quantize import quantize_options
-from ..teachers.base import (as_teacher, describe, is_scored, is_self, is_stored,
-                                  load_teacher)
+from ..teachers.base import as_teacher, describe, is_scored, is_self, is_stored, load_teacher
 from ..teachers.context import TeacherContext, in_context, is_told
 from ..teachers.scored import say_tokenised_anew, stored_conversations
 from ..data.formats import each_turn, load_conversations, split
@@ -48,6 +47,7 @@ from .rollouts import prompt_limit, rollout
 from .vllm_rollouts import rollout_function
 from .pairs import Pair, make_pairs, pair_of
 from .batch import warn_of_teachers_context
+from .grpo import check_rewards
 from .methods import require_references
 from .checkpoints import Monitored, data_hash, move_into_place
 
@@ -185,6 +185,7 @@ def prepare(
     tracker_names(config.track)
     state = process_state(config.device)
     train, val = load_prompts(config, teacher)
+    check_rewards(config, train[:1])
     config = with_steps(config, len(train))
     student, teacher = load_models(config, state, teacher)
     pairs = make_pairs(student.codec, teacher, config)
@@ -367,8 +368,7 @@ def model_texts(
 ) -> dict[str, str]:   # 'student' and, if there is one, 'teacher'; or 'teacher 1', 'teacher 2', …
     "The models in a line each."
     asked = codec_text(run.student.codec, run.config.chat_template)
-    parts = [run.config.student, size_text(run.student.model), asked]
-    texts = dict(student=', '.join(parts))
+    texts = dict(student=f'{run.config.student}, {size_text(run.student.model)}, {asked}')
     if len(run.pairs) < 2: return texts | {'teacher': teacher_text(p) for p in run.pairs}
     taken = Counter()
     for teacher, rows in run.teacher.split(run.train):
