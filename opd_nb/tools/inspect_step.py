@@ -15,7 +15,8 @@ import pandas as pd
 import torch
 
 from ..core.errors import BadInput
-from ..core.types import Conversation, ScoreSignal, Rollout, Signal, TextSignal
+from ..core.types import (Conversation, PositionChoice, Rollout, ScoreSignal, Signal,
+                               TextSignal)
 from ..core.config import OPDConfig, require_teacher
 from ..alignment.chat import ChatCodec
 from ..alignment.chunks import Alignment, align, plot_alignment
@@ -23,6 +24,7 @@ from ..models.outputs import TopKSide, Side, teacher_side
 from ..models.lm import LM, read
 from ..losses.chunked import LossOutput
 from ..losses.likelihood import token_logprobs
+from ..losses.positions import beginning
 from ..teachers.base import as_teacher, is_self, is_stored, load_teacher, row_blocks
 from ..teachers.context import TeacherContext, in_context, is_told
 from ..data.formats import load_conversations
@@ -133,7 +135,7 @@ def top_token(
 class Step:
     "One prompt, distilled once."
     prompts: tuple[str, str]      # as the student and as the teacher see it
-    rollout: Rollout              # what the student wrote
+    rollout: Rollout              # what the student wrote, as far as it is read
     token_bytes: tuple[list[bytes], list[bytes]]  # of each student token, of each teacher token
     alignment: Alignment
     chunks: pd.DataFrame          # one row for each chunk, see `chunk_table`
@@ -145,11 +147,13 @@ class Step:
     measured_drop: float
     metrics: dict[str, float] = field(default_factory=dict)  # see `agreement_metrics`
     teacher: str = ''             # its name, if it is one of several
+    written: Rollout | None = None  # all of what the student wrote, if less is read
 
     def plot(self): return plot_alignment(*self.token_bytes, self.alignment)
 
     def __str__(self):
-        r = self.rollout
+        r = self.written or self.rollout
+        part = f', {len(self.rollout.ids)} of them are read' if self.written else ''
         ended = 'stopped by itself' if r.stopped else 'cut by the length limit'
         one_to_one = int(self.alignment.one_to_one.sum())
         table = self.chunks.to_string(index=False, float_format='{:.3f}'.format, na_rep='-')
@@ -158,7 +162,7 @@ class Step:
             f'the student sees   {self.prompts[0]!r}',
             f'the teacher sees   {self.prompts[1]!r}',
             f'the student wrote  {r.text!r}',
-            f'                   {len(r.ids)} tokens, {ended}; '
+            f'                   {len(r.ids)} tokens{part}, {ended}; '
             f'the teacher cuts it into {len(self.token_bytes[1])}',
             '', table, '',
             f'loss {self.loss}  {self.value:.4f} nats, mean of {self.trained} trained; '
@@ -187,7 +191,7 @@ def loss_of(
     c, student = models.config, models.student
     batch = read_and_align(student, rollouts, signals, pair.vocab, compute_dtype(c, student))
     out, metrics = distillation_loss(batch, pair.loss, c.score_weight, c.min_teacher_logp,
-                                     c.max_groups)
+                                     c.max_groups, PositionChoice.parse(c.positions))
     return out, weighted_means(metrics)
 
 
@@ -244,10 +248,11 @@ def distil_once(
     "Sample one completion, and compute the loss that the teacher's signal gives."
     config, student = models.config, models.student
     question = conversation.prompt[-1]['content']
-    sampled = sample_or_stored(models, [conversation], seed)
+    written, = sample_or_stored(models, [conversation], seed)
+    sampled = [beginning(PositionChoice.parse(config.positions), written)]
     (teacher, _), = by_teacher(models.teacher, sampled)     # the record's own
     pair = pair_of(models.pairs, teacher)
-    if not sampled[0].ids:
+    if not written.ids:
         raise BadInput('prompt', question, 'was answered with nothing at all',
                        'Ask something else, or try another --seed.')
     scored = score(teacher, sampled, reads_own_ids(teacher, student.codec, pair.vocab))
@@ -267,7 +272,8 @@ def distil_once(
     prompts = render_prompt(student.codec, conversation), render_prompt(teacher.codec, told)
     return Step(prompts, r, token_bytes, alignment, chunks, pair.loss.name, found.value,
                 found.trained, found.grad_norm, predicted, measured, found.metrics,
-                pair.name if len(models.pairs) > 1 else '')
+                pair.name if len(models.pairs) > 1 else '',
+                None if sampled[0] is written else written)
 
 
 def sample_or_stored(

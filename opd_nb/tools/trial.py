@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from ..core.config import OPDConfig
 from ..core.text import short_number
-from ..core.types import Conversation, Rollout
+from ..core.types import Conversation, PositionChoice, Rollout
+from ..losses.positions import beginning
 from ..teachers.base import as_teacher
 from ..training.batch import by_teacher, reads_own_ids, score
 from ..training.methods import sampling_batch_size, weighted_means
@@ -26,6 +27,7 @@ class Round:
     "Some rollouts, sampled and trained on without a step."
     prompts: list[Conversation]
     rollouts: list[Rollout]
+    read: list[Rollout]         # as much of them as teacher and loss see, see `beginning`
     sampling: float             # seconds for all of them
     training: float             # seconds for those that were scored and trained on
     metrics: dict[str, float]   # see `agreement_metrics`; empty for a hosted teacher
@@ -43,14 +45,15 @@ def probe_round(
     start = time.perf_counter()
     rollouts = sample_or_stored(models, asked, c.seed, n_sampled)
     sampled, found = time.perf_counter(), []
-    for teacher, rows in by_teacher(models.teacher, [r for r in rollouts[:n_trained] if r.ids]):
+    read = [beginning(PositionChoice.parse(c.positions), r) for r in rollouts]
+    for teacher, rows in by_teacher(models.teacher, [r for r in read[:n_trained] if r.ids]):
         if is_hosted(teacher) or not rows: continue
         pair = pair_of(models.pairs, teacher)
         scored = score(teacher, rows, reads_own_ids(teacher, models.student.codec, pair.vocab))
         metrics = loss_and_gradient(models, pair, scored.rollouts, scored.signals).metrics
         found.append((metrics.get('compared', 0), metrics))
     seconds = time.perf_counter() - sampled
-    return Round(asked, rollouts, sampled - start, seconds, weighted_means(found))
+    return Round(asked, rollouts, read, sampled - start, seconds, weighted_means(found))
 
 
 def is_hosted(teacher) -> bool: return as_teacher(teacher).hosted
@@ -97,7 +100,7 @@ def price_of_one(
 ) -> float | None:   # dollars; None if the price is unknown
     "What scoring one of these rollouts costs."
     if not is_hosted(teacher): return 0.
-    bill = teacher.estimate(r.prompts, [(x.data, x.stopped) for x in r.rollouts])
+    bill = teacher.estimate(r.prompts, [(x.data, x.stopped) for x in r.read])
     if bill is None: return 0.  # those of several teachers that were asked run here
     return None if bill.dollars is None else bill.dollars / len(r.rollouts)
 

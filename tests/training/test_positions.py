@@ -1,14 +1,18 @@
 "Which positions count, completions that grow, a reward beside distillation: whole runs on the embedded pair."
+import math
+
 import pytest
 import torch
 
 from opd_nb.core.config import OPDConfig
 from opd_nb.core.errors import BadInput
-from opd_nb.core.types import PositionChoice
+from opd_nb.core.types import Conversation, PositionChoice
 from opd_nb.data.formats import save_conversations
 from opd_nb.lab import countdown
 from opd_nb.losses.positions import beginning
 from opd_nb.monitor.run_log import read_log
+from opd_nb.tools.inspect_step import load_pair
+from opd_nb.tools.trial import probe_round
 from opd_nb.training.grpo import REWARDS, register_reward
 from opd_nb.training.loop import forward_backward, train
 from opd_nb.training.setup import prepare
@@ -120,3 +124,21 @@ def test_the_gradient_is_the_sum_of_both(prompts, brevity):
     (dict(reward_weight=-1), 'at least 0'), (dict(reward_weight=1, num_generations=4, method='kd'), 'beside its loss')])
 def test_bad_input(prompts, kw, says):
     with pytest.raises(BadInput, match=says): config(prompts, **kw)
+
+
+@pytest.mark.parametrize('reward, says', [('countdwn', 'Did you mean'), ('countdown', 'needs numbers')])
+def test_a_reward_is_tried_before_the_models_are_loaded(tmp_path, reward, says):
+    "Not at the first validation, when a step of rollouts has been written and paid for."
+    plain = [Conversation((dict(role='user', content=f'Question {i}?'),)) for i in range(4)]
+    data = str(save_conversations(plain, tmp_path / 'plain.jsonl'))
+    nowhere = dict(student='./no/such/student', teacher='hf:./no/such/teacher')
+    with pytest.raises(BadInput, match=says):
+        prepare(config(data, tmp_path / 'run', reward=reward, reward_weight=.5, num_generations=2, **nowhere))
+
+
+def test_the_forecast_counts_what_is_read(prompts):
+    "A first look trains on the positions of the run, and asks the teacher about as much."
+    whole, part = (probe_round(load_pair(config(prompts, positions=p)), countdown.draw(8), 8, 8) for p in ('all', 'first:0.3'))
+    assert [r.ids for r in part.rollouts] == [r.ids for r in whole.rollouts] == [r.ids for r in whole.read]
+    assert [len(r.ids) for r in part.read] == [math.ceil(.3 * len(r.ids)) for r in part.rollouts]
+    assert part.metrics['compared'] < whole.metrics['compared']
