@@ -230,7 +230,8 @@ def validate(
     check_flag_names('data.agreement', 'ValidateSettings', argv)
     from opd_nb.data import agreement
     s = read_model(agreement.ValidateSettings, argv, 'opd validate', 'data')
-    found = agreement.validate(s.data, s.teacher, s.n, s.student, s.k, s.max_new_tokens, s.seed)
+    found = agreement.validate(s.data, s.teacher, s.n, s.student, s.k, s.max_new_tokens, s.seed,
+                               s.told)
     print(found)
     if found.verdict != 'good':
         print(f'\nlowest answer overlap:\n{found.worst_lines}')

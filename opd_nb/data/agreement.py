@@ -19,6 +19,7 @@ import pandas as pd
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
+from ..core.config import OPDConfig
 from ..core.errors import BadInput, printable
 from ..core.text import counted
 from ..core.types import Conversation, FullSignal, Head, Signal, TopKSignal
@@ -48,6 +49,18 @@ class ValidateSettings(BaseModel):
         256, ge=1, description="Longest of the teacher's answers, in its tokens.")
     seed: int = Field(0, ge=0, description='Seed of the draw and the intervals.')
     report: Path | None = Field(None, description='A page to write, .html.')
+    teacher_system: str | None = Field(
+        None, description='System message that only the teacher is given: a text, or a file.')
+    teacher_examples: Path | None = Field(
+        None, description='JSONL file with turns that only the teacher sees before the question.')
+    teacher_words: str | None = Field(
+        None, description="Words around a record's teacher_context: a text, or a file.")
+
+    @property
+    def told(self) -> TeacherContext:
+        "What only the teacher is told."
+        names = ('teacher_system', 'teacher_examples', 'teacher_words')
+        return TeacherContext.of(OPDConfig(_env_file=None, **self.model_dump(include={*names})))
 
 # %% ../../nbs/07_data/11_agreement.ipynb #c007
 def word_f1(
@@ -365,12 +378,13 @@ def validate(
     k: int = 10,                            # tokens compared at a position
     max_new_tokens: int = 256,              # longest answer of the teacher, in its tokens
     seed: int = 0,                          # of the draw and the intervals
+    told: TeacherContext = TeacherContext(),  # what only the teacher is told, beside its records
 ) -> Validation:
     "Draw records and measure whether the teacher agrees with them."
     drawn = _draw(data, n, seed)
     name = teacher if isinstance(teacher, str) else type(teacher).__name__
     teacher = load_teacher(teacher) if isinstance(teacher, str) else teacher
-    teacher = in_context(teacher, TeacherContext())  # what its records tell it
+    teacher = in_context(teacher, told)
     if not teacher.capabilities.generates:
         raise BadInput('teacher', name, 'cannot write answers, which answer overlap needs',
                        'Take a teacher that generates.')
