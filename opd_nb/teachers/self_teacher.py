@@ -8,6 +8,7 @@ __all__ = ['log', 'KINDS', 'read_decay', 'trained_weights', 'exchanged', 'adapte
 
 # %% ../../nbs/06_teachers/11_self_teacher.ipynb #h003
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -36,6 +37,9 @@ def read_decay(
     "What a spec means."
     kind, _, number = rest.partition('@')
     if rest in ('', 'adapter-off'): return None if rest else 1.
+    if re.search(r'[/\\.]', kind):
+        raise BadInput('teacher', f'self:{rest}', 'is the student itself, and takes no other model',
+                       f'Use self:, or name the model: hf:{rest}.')
     if kind != 'ema': raise unknown('teacher', f'self:{rest}', KINDS)
     try: decay = float(number or .99)
     except ValueError: decay = -1
@@ -141,13 +145,17 @@ class SelfTeacher(HFTeacher):
     ):
         "The average of a checkpoint; without one, an average that begins there."
         if not self.follows: return
-        found = saved.get('average', [])
-        if [x.shape for x in found] == [x.shape for x in self.average]:
-            for mean, value in zip(self.average, found): mean.copy_(value)
+        if 'average' not in saved:
+            self.average = self._copy()
+            log.warning('The checkpoint has no average; the teacher begins with the weights that '
+                        'it has.')
             return
-        self.average = self._copy()
-        log.warning('The checkpoint has no average of these weights; the teacher begins with the '
-                    'weights that it has.')
+        shapes = [[x.shape for x in average] for average in (saved['average'], self.average)]
+        if shapes[0] != shapes[1]:
+            raise BadInput('teacher', f'self:ema@{self.decay:g}',
+                           'has in the checkpoint the average of another student',
+                           'Resume with the student and the adapters of that run.')
+        for mean, value in zip(self.average, saved['average']): mean.copy_(value)
 
 # %% ../../nbs/06_teachers/11_self_teacher.ipynb #c021
 def check_self(

@@ -15,6 +15,7 @@ from ..core.errors import BadInput, unknown
 from ..models.hub import split_scheme
 from ..models.lm import load_config
 from ..models.memory import hub_token
+from ..teachers.base import is_self
 
 # %% ../../nbs/11_tools/10_plan.ipynb #4cd0edc2
 @dataclass(frozen=True)
@@ -271,8 +272,10 @@ def planned_shapes(
     "The shapes of the models that the settings name."
     token = hub_token(config)
     if split_scheme(config.teacher)[0] not in ('hf', 'gguf', 'tiny'):
+        same = is_self(config.teacher)
+        size = f'hf:{config.student}, as with several GPUs' if same else 'hf:ID, a model of its size'
         raise BadInput('teacher', config.teacher, 'has no weights to plan with',
-                       'Name a model of its size: --teacher hf:ID.')
+                       f'Use --teacher {size}.')
     teacher = config.teacher.removeprefix('hf:')
     return (FullShape.of(load_config(config.student, 'student', token, config.revision)),
             FullShape.of(load_config(teacher, 'teacher', token)))
