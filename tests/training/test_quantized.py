@@ -48,8 +48,9 @@ def test_packed_weights_need_adapters(prompts, tmp_path):
     with pytest.raises(BadInput, match='quantize.*--lora'): config(prompts, tmp_path, lora=False)
 
 
-@pytest.mark.skipif(has_bitsandbytes, reason='bitsandbytes is installed')
-def test_the_package_is_named(prompts, tmp_path):
+def test_the_package_is_named(prompts, tmp_path, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None if name == 'bitsandbytes' else found(name))
     with pytest.raises(BadInput, match=r'pip install "opd_nb\[quantize\]"'): load_student(config(prompts, tmp_path))
 
 
