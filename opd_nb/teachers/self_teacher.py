@@ -37,9 +37,10 @@ def read_decay(
     "What a spec means."
     kind, _, number = rest.partition('@')
     if rest in ('', 'adapter-off'): return None if rest else 1.
-    if re.search(r'[/\\.]', kind):
+    if re.search(r'[/\\]', rest) or rest.endswith('.gguf'):
+        spec = f'{"gguf" if rest.endswith(".gguf") else "hf"}:{rest}'
         raise BadInput('teacher', f'self:{rest}', 'is the student itself, and takes no other model',
-                       f'Use self:, or name the model: hf:{rest}.')
+                       f'Use self:, or name the model: {spec}.')
     if kind != 'ema': raise unknown('teacher', f'self:{rest}', KINDS)
     try: decay = float(number or .99)
     except ValueError: decay = -1

@@ -35,7 +35,7 @@ from ..training.batch import (align_each, by_teacher, continue_rollout, distilla
                                    score)
 from ..training.pairs import Pair, make_pairs, pair_of
 from ..training.methods import weighted_means
-from ..training.setup import NOTHING_TOLD, compute_dtype, load_student
+from ..training.setup import NOTHING_TOLD, check_positions, compute_dtype, load_student
 from .machine import Line
 
 # %% ../../nbs/11_tools/02_inspect_step.ipynb #c006
@@ -59,7 +59,9 @@ def load_pair(
     if not is_self(config.teacher): teacher = teacher or load_teacher(config.teacher, config)
     student = student or load_student(config)
     teacher = in_context(teacher or load_teacher(config.teacher, config, student), extra)
-    return Models(config, student, teacher, make_pairs(student.codec, teacher, config))
+    pairs = make_pairs(student.codec, teacher, config)
+    for pair in pairs: check_positions(config, pair.teacher)
+    return Models(config, student, teacher, pairs)
 
 # %% ../../nbs/11_tools/02_inspect_step.ipynb #c010
 def bytes_by_token(

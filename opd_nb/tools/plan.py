@@ -272,10 +272,10 @@ def planned_shapes(
     "The shapes of the models that the settings name."
     token = hub_token(config)
     if split_scheme(config.teacher)[0] not in ('hf', 'gguf', 'tiny'):
-        same = is_self(config.teacher)
-        size = f'hf:{config.student}, as with several GPUs' if same else 'hf:ID, a model of its size'
+        itself = is_self(config.teacher)
+        how = 'as the student, by its own name' if itself else 'hf:ID, a model of its size'
         raise BadInput('teacher', config.teacher, 'has no weights to plan with',
-                       f'Use --teacher {size}.')
+                       f'Name it with --teacher {how}.')
     teacher = config.teacher.removeprefix('hf:')
     return (FullShape.of(load_config(config.student, 'student', token, config.revision)),
             FullShape.of(load_config(teacher, 'teacher', token)))

@@ -67,7 +67,8 @@ class RolloutCost:
     training: float           # seconds to score one and train on it
     tokens: float             # in one
     truncated: float          # share that reached the limit on length
-    dollars: float | None     # for one; None if the price is unknown
+    dollars: float | None     # for one that is trained on; None if the price is unknown
+    dollars_whole: float | None  # for one that is validated, of which all is read
     metrics: dict[str, float] # see `agreement_metrics`
 
 
@@ -91,18 +92,20 @@ def probe(
     tokens = sum(len(x.ids) for x in r.rollouts) / n_sampled
     truncated = sum(not x.stopped for x in r.rollouts) / n_sampled
     return RolloutCost(n_sampled, sampling / at_once, training, tokens, truncated,
-                 price_of_one(models.teacher, r), r.metrics)
+                 price_of_one(models.teacher, r.prompts, r.read),
+                 price_of_one(models.teacher, r.prompts, r.rollouts), r.metrics)
 
 
 def price_of_one(
-    teacher,    # see `load_teacher`
-    r: Round,
-) -> float | None:   # dollars; None if the price is unknown
+    teacher,                      # see `load_teacher`
+    prompts: list[Conversation],
+    rollouts: list[Rollout],      # one for each
+) -> float | None:                # dollars; None if the price is unknown
     "What scoring one of these rollouts costs."
     if not is_hosted(teacher): return 0.
-    bill = teacher.estimate(r.prompts, [(x.data, x.stopped) for x in r.read])
+    bill = teacher.estimate(prompts, [(r.data, r.stopped) for r in rollouts])
     if bill is None: return 0.  # those of several teachers that were asked run here
-    return None if bill.dollars is None else bill.dollars / len(r.rollouts)
+    return None if bill.dollars is None else bill.dollars / len(rollouts)
 
 # %% ../../nbs/11_tools/03_trial.ipynb #7d1f0395
 def duration(
@@ -182,7 +185,8 @@ def dollars_line(
     if p.dollars is None:
         return Line('warning', 'dollars', 'price unknown',
                     'Set TEACHER_PRICE=0.04,0.10, dollars for a million tokens read and written.')
-    dollars = p.dollars * (c.batch * c.num_generations * c.max_steps + validated)
+    trained = c.batch * c.num_generations * c.max_steps
+    dollars = p.dollars * trained + p.dollars_whole * validated
     limit = c.teacher_max_dollars
     text = f'${dollars:.2f} for the run' + (f', the cap is ${limit:g}' if limit else '')
     if not limit or dollars <= limit: return Line('ok', 'dollars', text)

@@ -68,7 +68,13 @@ def check_rewards(
                        'must be at least 2 for grpo: a completion is compared with the others of '
                        'its prompt', 'Use --num-generations 8.')
     verifier = REWARDS[config.reward]
-    for c in prompts: verifier(c, '')
+    try:
+        for c in prompts: verifier(c, '')
+    except BadInput: raise
+    except Exception as e:  # of somebody's own code
+        raise BadInput('reward', config.reward, f'fails on an empty answer: {type(e).__name__}: {e}',
+                       'Have it return 0 for what it cannot read; a student may write nothing.'
+                       ) from e
 
 
 @register_method('grpo')

@@ -185,7 +185,7 @@ def prepare(
     tracker_names(config.track)
     state = process_state(config.device)
     train, val = load_prompts(config, teacher)
-    check_rewards(config, train[:1])
+    check_rewards(config, [] if is_stored(teacher) else train[:1] + val[:1])
     config = with_steps(config, len(train))
     student, teacher = load_models(config, state, teacher)
     pairs = make_pairs(student.codec, teacher, config)

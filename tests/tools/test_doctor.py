@@ -1,4 +1,6 @@
 "The look before a run, at a real server."
+import re
+
 import pytest
 
 from conftest import real
@@ -34,6 +36,9 @@ def test_doctor_looks_at_a_real_server(llama, tmp_path, capsys):
     cost = found['completion'][1]
     assert ' requests' in cost and '$0.000000' not in cost and '$' in cost
     assert found['time'][0] == 'ok' and '$0.00 ' not in found['dollars'][1] and 'for the run' in found['dollars'][1]
+    part = opd(capsys, *words, '--student', 'tiny:', '--loss', 'bpm', '--positions', 'first:0.3')[2]
+    dollars = [float(re.search(r'\$([\d.]+) for the run', shown)[1]) for shown in (part, text)]
+    assert 0 < dollars[0] < .8 * dollars[1]  # less of each completion is scored
     status, lines, text = opd(capsys, *words, '--student', 'tiny:', '--loss', 'gold')
     assert status == 1 and lines[-1][:2] == ['stop', 'loss'] and KEY not in text
 
