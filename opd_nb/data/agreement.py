@@ -59,8 +59,8 @@ class ValidateSettings(BaseModel):
     @property
     def told(self) -> TeacherContext:
         "What only the teacher is told."
-        names = ('teacher_system', 'teacher_examples', 'teacher_words')
-        return TeacherContext.of(OPDConfig(_env_file=None, **self.model_dump(include={*names})))
+        given = self.model_dump(include={'teacher_system', 'teacher_examples', 'teacher_words'})
+        return TeacherContext.of(OPDConfig.model_construct(**given))  # nothing of the environment
 
 # %% ../../nbs/07_data/11_agreement.ipynb #c007
 def word_f1(

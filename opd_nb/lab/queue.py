@@ -257,11 +257,11 @@ def must_match_budget(
     folder: Path,       # of results
     budget: RunBudget,  # of the runs that are to be made there
 ):
-    "Refuse a folder whose results had another budget: they would be taken for these runs."
+    "Refuse a folder whose results had other tokens: they would be taken for these runs."
     for path in sorted(folder.glob('*.json')):
-        result = content(path) or {}
-        if '@' in result.get('arm', ''): continue
-        tokens = result.get('budget', {}).get('tokens', budget.tokens)
+        if '@' in path.name: continue  # a trial
+        try: tokens = content(path)['budget']['tokens']
+        except (KeyError, TypeError): continue  # damaged, or none of the laboratory's
         if tokens != budget.tokens:
             raise BadInput('folder', str(folder), f'has runs of {tokens:,} tokens, such as '
                            f'{path.name}; these have {budget.tokens:,}', 'Name another folder.')
