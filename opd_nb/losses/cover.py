@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['add_mass', 'first_targets', 'PathStep', 'OwnPath', 'follow_own_path', 'end_to_end', 'rows_of_steps', 'share_out',
            'Choice', 'choices_ahead', 'choices_covering', 'join_overlapping', 'undecided_groups', 'after_complete',
-           'add_after_complete', 'find_undecided', 'canonical_targets', 'CoverTargets', 'cover_targets', 'cover']
+           'add_after_complete', 'find_undecided', 'canonical_targets', 'with_written', 'is_zero_between', 'all_said',
+           'leave_open', 'CoverTargets', 'cover_targets', 'cover']
 
 # %% ../../nbs/04_losses/07_cover.ipynb #c003
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from ..alignment.chunks import Alignment
 from ..alignment.vocab import VocabMap
 from ..alignment.prefix_maps import cached_for_pair
 from ..alignment.prefix_queries import PrefixQueries
-from ..models.outputs import Side
+from ..models.outputs import Side, TopKSide
 from .chunked import LossOutput, Block, sum_over_blocks
 from .registry import register_loss
 from .matched import gkd
@@ -262,6 +263,53 @@ def canonical_targets(
     left = 1 - (t - without).sum(-1, keepdim=True)
     return torch.where(left >= min_left, without / left.clamp(min=1e-9), t)
 
+# %% ../../nbs/04_losses/07_cover.ipynb #42c73548
+def with_written(
+    q: torch.Tensor,         # [M, V_t] probabilities of the listed tokens, 0 for others
+    ids: torch.Tensor,       # [M] the tokens that are there
+    logprobs: torch.Tensor,  # [M] of these, in nats; NaN where the teacher did not say
+) -> torch.Tensor:           # [M, V_t]
+    "Lists with the token that is there, where its probability is known."
+    listed = q.gather(1, ids[:, None])[:, 0]
+    own = torch.where(logprobs.isnan() | (q.amax(-1) <= 0), listed, logprobs.exp().to(q))
+    return q.scatter(1, ids[:, None], own[:, None])
+
+def is_zero_between(
+    x: torch.Tensor,      # [M]
+    first: torch.Tensor,  # [U]
+    past: torch.Tensor,   # [U] one past the last
+) -> torch.Tensor:        # [U] bool
+    "Whether no value of a range is positive, as of an empty one."
+    n = torch.nn.functional.pad((x > 0).cumsum(0), (1, 0))
+    return n[past] == n[first]
+
+def all_said(
+    q: torch.Tensor,       # [M, V_t] of `with_written`
+    ids: torch.Tensor,     # [M] the tokens that are there
+    at: torch.Tensor,      # [U] row of the current token of each position
+    n_back: torch.Tensor,  # [U] rows before it that are looked at
+    inside: torch.Tensor,  # [U] bool: the position is inside of the current token
+) -> torch.Tensor:         # [U] bool
+    "Where the teacher said what a target is made of: all lists, and the tokens on the way."
+    no_list, no_own = q.amax(-1) <= 0, q.gather(1, ids[:, None])[:, 0] <= 0
+    way = is_zero_between(no_own, at - n_back, at + inside)
+    return way & is_zero_between(no_list, at - n_back, at + 1)
+
+def leave_open(
+    t: torch.Tensor,          # [U, E + 3] see `first_targets`; changed in place
+    unlisted: torch.Tensor,   # [M] what is left of each of the teacher's rows
+    rows: TeacherRows,        # of the block
+    path: OwnPath,            # of the block
+    queries: PrefixQueries,   # of the pair
+):
+    "Set aside what an unlisted next token of the teacher would have shared out."
+    found = [queries.lookahead(step.known) for step in path.steps]
+    shorter = np.array([alone for _, _, alone in found], np.int64)
+    unit = torch.tensor([step.unit for step in path.steps], dtype=torch.long, device=t.device)
+    p = unlisted[rows_of_steps(path.steps, rows.at)] * path.prob
+    add_mass(t, unit, shorter, -p)
+    t[:, -2].index_add_(0, unit, p)
+
 # %% ../../nbs/04_losses/07_cover.ipynb #c038
 @dataclass(frozen=True)
 class CoverTargets:
@@ -278,8 +326,10 @@ def cover_targets(
     teacher_stops: list[int],  # ids
     min_prob: float = 1e-4,    # less likely tokens are not looked at
     min_left: float = .1,      # see `canonical_targets`
+    lists: bool = False,       # the teacher lists some tokens only, see `with_written`
 ) -> CoverTargets:
     "Targets at all positions of a block."
+    if lists: q = with_written(q, block.teacher_ids, block.teacher_logprobs)
     written, previous, upcoming = (
         x[block.units] for x in (positions.written, positions.previous, positions.upcoming))
     n_back = torch.tensor([len(row) - 1 for row in written], device=q.device)
@@ -290,17 +340,19 @@ def cover_targets(
     t = first_targets(stop_probs, rows, covering, queries, min_prob)
     path = follow_own_path(rows, covering.reach, upcoming)
     share_out(t, rows, path, queries)
+    if lists: leave_open(t, (1 - q.sum(-1)).clamp(min=0), rows, path, queries)
     t = canonical_targets(t[:, :-1].clamp_(min=0), previous, queries, min_left, min_prob)
 
     undecided = find_undecided(rows, covering, path, upcoming, queries, min_prob)
-    known = (q.amax(-1)[rows.at] > 0) & (covering.reach > 1e-9)
+    known = covering.reach > 1e-9
+    if lists: known &= all_said(q, block.teacher_ids, rows.at, n_back, covering.boundary <= 0)
     return CoverTargets(t, known, undecided)
 
 # %% ../../nbs/04_losses/07_cover.ipynb #c044
-@register_loss('cover')
+@register_loss('cover', needs='topk')
 def cover(
     student: Side,            # the student's positions
-    teacher: Side,            # the teacher's, of the same texts
+    teacher: Side | TopKSide, # the teacher's, of the same texts
     alignment: Alignment,     # where they can be compared
     vocab: VocabMap,          # what both can express
     beta: float = 0.0,        # see `jsd`
@@ -312,7 +364,8 @@ def cover(
     """JSD_β(t, p) at every student position, t the teacher's bytes to come in the student's tokens.
 
     Each position is weighted by how much of its target is known. Tokens between which the teacher
-    did not choose are one event."""
+    did not choose are one event. What is not in a list is compared as one event where a teacher
+    token begins, and counts as impossible where it would have to reach across a position."""
     if vocab.identical: return gkd(student, teacher, alignment, vocab, beta, max_rows=max_rows)
     queries = cached_for_pair(vocab, PrefixQueries)
     spellings = queries.px.student
@@ -320,10 +373,10 @@ def cover(
     positions = find_positions(
         alignment, student.ids.tolist(), teacher.ids.tolist(), vocab, queries,
         writes_whitespace_alone(spellings), max_back, student.counted)
-    unmapped = []
+    unmapped, lists = [], 'full' not in teacher.access
 
     def value(s, q, block):
-        t = cover_targets(q, block, positions, queries, vocab.stops[1], min_prob, min_left)
+        t = cover_targets(q, block, positions, queries, vocab.stops[1], min_prob, min_left, lists)
         compared = marginal_jsd(
             s, block, t.probs, t.known, events, beta, pools=t.undecided)
         unmapped.append(compared.unmapped)

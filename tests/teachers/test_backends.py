@@ -22,7 +22,7 @@ from servers import llama_server, padded, vllm_server
 
 pytest.importorskip('llama_cpp', reason='a GGUF teacher needs llama-cpp-python: pip install opd_nb[gguf]')
 pytest.importorskip('xllamacpp', reason="llama.cpp's server comes with the dev requirements")
-K, DENSE, LISTS, REALISED = 50, ['gold', 'bpm'], ['bpm', 'strict', 'escd'], ['alm', 'pg']
+K, DENSE, LISTS, REALISED = 50, ['gold', 'bpm'], ['cover', 'bpm', 'strict', 'escd'], ['alm', 'pg']
 
 
 def puzzles(): return [Conversation(tuple(c.prompt)) for c in countdown.draw(8)]
