@@ -170,7 +170,7 @@ def falling_overlap(now, start):
 @rule('coverage',
       remedy='Lower --learning-rate (it is {learning_rate:g}); look at samples of the rollouts; '
              'with clean text, use a loss that works across unlike cuts '
-             '(--loss cover, or bpm if the teacher only lists tokens).')
+             '(--loss cover).')
 def falling_coverage(now, start):
     """The two tokenizers cut the student's text at ever fewer common places, as they do with
     broken characters and noise; less of it is compared."""

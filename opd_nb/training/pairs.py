@@ -28,8 +28,8 @@ def auto_loss(
 ) -> str:
     "The loss that `auto` takes for a pair and for what this teacher gives."
     if vocab is not None and vocab.identical and 'gkd' in can.losses: return 'gkd'
-    by_access = dict(full=DEFAULT_LOSS, topk='bpm', logprob='pg', score='pg', text='continuation')
-    return by_access.get(can.best, DEFAULT_LOSS)
+    fitting = (DEFAULT_LOSS, 'pg', 'continuation')
+    return next((name for name in fitting if name in can.losses), DEFAULT_LOSS)
 
 
 def settings_of_loss(

@@ -235,7 +235,7 @@ class As:
         return TopKSignal(s.ids, s.ends, s.logprobs, top.indices, top.values)
 
 
-@pytest.mark.parametrize('how, loss', [('lists', 'bpm'), ('numbers', 'pg'), ('text', 'continuation')])
+@pytest.mark.parametrize('how, loss', [('lists', 'cover'), ('numbers', 'pg'), ('text', 'continuation')])
 def test_an_endpoint_is_asked_once_a_generation_batch(start, tiny, how, loss):
     teacher = As(tiny, how)
     trainer = trainer_for(start, teacher, per_device_train_batch_size=3, gradient_accumulation_steps=2, max_steps=1)
@@ -273,7 +273,7 @@ def test_a_teacher_that_is_gone_leaves_a_checkpoint(start, tiny, tmp_path):
 def test_several_teachers_each_with_its_loss(start, tiny, same):
     from opd_nb.teachers.mixture import Mixture
     trainer = trainer_for(start, Mixture([same, As(tiny, 'lists')], [1, 1], ['a', 'b']))
-    assert [p.loss.name for p in trainer.pairs] == ['gkd', 'bpm']
+    assert [p.loss.name for p in trainer.pairs] == ['gkd', 'cover']
     batch = batch_of(trainer)
     loss = trainer.compute_loss(trainer.model, batch)
     parts = [trainer_for(start, t) for t in (same, As(tiny, 'lists'))]

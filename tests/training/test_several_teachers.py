@@ -1,4 +1,4 @@
-"Three teachers of one student that have little in common: other tokens and whole distributions, the student's tokens, top-k lists from a file."
+"Three teachers of one student that have little in common: other tokens and whole distributions, the student's tokens, the logprobs of its tokens."
 import json
 from dataclasses import replace
 
@@ -16,7 +16,7 @@ from opd_nb.data.formats import save_conversations
 from opd_nb.lab import countdown
 from opd_nb.models.lm import LM, tiny_folder
 from opd_nb.monitor.run_log import read_log
-from opd_nb.teachers.base import Capabilities, load_teacher
+from opd_nb.teachers.base import Capabilities, load_teacher, register_teacher
 from opd_nb.teachers.mixture import Mixture
 from opd_nb.tools.doctor import examine
 from opd_nb.tools.export_gguf import export_gguf
@@ -25,7 +25,15 @@ from opd_nb.training.loop import distil, train, train_step
 from opd_nb.training.methods import step_prompts, step_terms
 from opd_nb.training.setup import check_templates, pair_warnings, prepare, run_record
 
-LOSSES = ['cover', 'gkd', 'bpm']
+LOSSES = ['cover', 'gkd', 'pg']
+
+
+@register_teacher('numbers')
+def numbers_alone(rest, config):
+    "A GGUF file that gives the logprob of each token and no lists."
+    teacher = load_teacher(f'gguf:{rest}', config)
+    teacher.capabilities = replace(teacher.capabilities, access=frozenset({'logprob'}))
+    return teacher
 
 
 @pytest.fixture(scope='module')
@@ -40,7 +48,7 @@ def names(tmp_path_factory):
     lm.model.save_pretrained(folder / 'alike')
     lm.codec.tok.save_pretrained(folder / 'alike')
     file = export_gguf('tiny:teacher', folder / 'teacher.gguf', 'f32')
-    return ['tiny:teacher', f'hf:{folder / "alike"}', f'gguf:{file}']
+    return ['tiny:teacher', f'hf:{folder / "alike"}', f'numbers:{file}']
 
 
 @pytest.fixture(scope='module')
@@ -85,7 +93,7 @@ def test_each_is_trained_as_it_would_be_alone(names, data, tmp_path):
         torch.testing.assert_close(mine, its, atol=1e-6, rtol=1e-5)
         losses.append(ours.loss), gradients.append(mine)
     event = train_step(prepare(config(data, tmp_path, names)))
-    assert event['objective'] == 'cover, gkd, bpm' and event['scored'] == 12
+    assert event['objective'] == 'cover, gkd, pg' and event['scored'] == 12
     assert [event[f'loss_{name}'] for name in LOSSES] == pytest.approx(losses, abs=1e-5)
     assert event['loss'] == pytest.approx(sum(t.factor * x for t, x in zip(terms, losses)), abs=1e-5)
     assert event['grad_norm'] == pytest.approx(sum(t.factor * g for t, g in zip(terms, gradients)).norm().item(), rel=1e-4)
@@ -105,16 +113,16 @@ def test_micro_batches_and_what_each_is_worth(names, data, tmp_path):
 
 def test_one_loss_for_all_is_one_term(names, data, tmp_path):
     "A loss that was named: the teachers' units are pooled, each with its own vocabulary."
-    run = prepare(config(data, tmp_path, names, loss='bpm'))
+    run = prepare(config(data, tmp_path, names, loss='alm'))
     term, = step_terms(run, 0)
     whole, of_all = distilled(run, term.rollouts)
-    parts = [distilled(prepare(config(data, tmp_path, name, loss='bpm')), [r for r in term.rollouts if run.teacher.teacher_index(r.conversation) == i])
+    parts = [distilled(prepare(config(data, tmp_path, name, loss='alm')), [r for r in term.rollouts if run.teacher.teacher_index(r.conversation) == i])
              for i, name in enumerate(names)]
     weight = sum(part.weight for part, _ in parts)
     assert whole.weight == weight and whole.loss == pytest.approx(sum(part.loss * part.weight for part, _ in parts) / weight, abs=1e-6)
     torch.testing.assert_close(of_all, sum(g * part.weight for part, g in parts) / weight, atol=1e-6, rtol=1e-4)
     event = train_step(run)
-    assert event['objective'] == 'bpm' and not any(k.startswith('loss_') for k in event)
+    assert event['objective'] == 'alm' and not any(k.startswith('loss_') for k in event)
 
 
 def test_a_run_and_one_that_was_resumed(names, data, tmp_path):
@@ -131,7 +139,7 @@ def test_a_run_and_one_that_was_resumed(names, data, tmp_path):
     samples = [json.loads(line) for line in (whole.folder / 'samples.jsonl').read_text().splitlines()]
     assert [s['prompt'] for s in samples if s['step'] == 4] == [c.prompt[-1]['content'] for c in run.val][:8]  # of all teachers, in order
     record = run_record(run)
-    assert all(f'loss {loss}' in record[f'teacher {i}'] for i, loss in enumerate(LOSSES, 1)) and record['loss'] == 'cover, gkd, bpm (chosen by auto)'
+    assert all(f'loss {loss}' in record[f'teacher {i}'] for i, loss in enumerate(LOSSES, 1)) and record['loss'] == 'cover, gkd, pg (chosen by auto)'
     assert sum(int(record[f'teacher {i}'].split('; ')[1].split()[0]) for i in (1, 2, 3)) == len(run.train)
 
 
@@ -161,7 +169,7 @@ def test_doctor_looks_at_each(names, data, tmp_path):
     assert [line.level for line in lines if line.topic == 'prompts'] == ['ok', 'warning', 'warning']
 
 
-@pytest.mark.parametrize('loss, says', [('gkd', 'tiny:teacher: it needs one vocabulary'), ('cover', r'teacher\.gguf: it asks more than this teacher gives \(topk\).*bpm'),
+@pytest.mark.parametrize('loss, says', [('gkd', 'tiny:teacher: it needs one vocabulary'), ('cover', r'teacher\.gguf: it asks more than this teacher gives \(logprob\).*alm'),
                                         ('continuation', 'tiny:teacher: it asks more'), ('golden', "Did you mean 'gold'")])
 def test_a_loss_that_one_of_them_cannot_serve(names, data, tmp_path, loss, says):
     with pytest.raises(BadInput, match=says): prepare(config(data, tmp_path, names, loss=loss))
