@@ -298,6 +298,29 @@ def test_reuse_in_small(tmp_path):
     assert done.returncode and 'batch = 4: was 8 when' in done.stderr
 
 
+def test_the_runs_under_lists_that_are_there(tmp_path):
+    "The committed runs: `cover` gains where `bpm` unlearns, and the figures are those of the files."
+    folder = ROOT / 'nbs' / 'runs' / 'results' / 'lists'
+    done = papermill(tmp_path, '-p', 'results', str(folder), notebook='lists')
+    assert done.returncode == 0, done.stderr[-2000:]
+    m = json.loads((tmp_path / 'metrics.json').read_text())
+    after = {(row['pair'], row['loss']): float(row['after'].split('%')[0]) for row in m['table']}
+    assert m['runs'] == len(list(folder.glob('*.json'))) and after['crossing', 'cover'] > 20 > after['crossing', 'bpm']
+
+
+@slow
+def test_lists_in_small(tmp_path):
+    "Both runs are made, and a second call finds them; with other settings they are refused."
+    small = dict(results='results', hours=1, pairs='crossing', cover='1e-3', bpm='1e-4', strict='', pg='', tokens=1500, puzzles=16, prompts=48, course=20, cache='cache')
+    words = [w for k, v in small.items() for w in ('-p', k, str(v))]
+    for _ in range(2):
+        done = papermill(tmp_path, *words, notebook='lists')
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert len(list((tmp_path / 'results').glob('*.json'))) == 2
+    done = papermill(tmp_path, *words, '-p', 'top_k', '4', notebook='lists')
+    assert done.returncode and 'top_k = 4: was 16 when' in done.stderr
+
+
 @slow
 def test_serve_in_small(tmp_path):
     "TRL's trainer learns from a server that is a process of its own; the figures mean nothing, but both loops ran."
