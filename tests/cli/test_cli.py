@@ -98,8 +98,7 @@ def test_doctor_stops_before_it_loads_what_does_not_fit(capsys):
     (['--preset', 'laptop', '--device', 'warp'], 'stop     device'),
     (['--preset', 'laptop', '--data', 'nowhere.jsonl'], 'stop     data'),
     (['--preset', 'laptop', '--loss', 'gkd'], 'Choose one that aligns bytes'),
-    (['--teacher', 'openrouter:a/b'], 'OPENROUTER_API_KEY'),
-    (['--preset', 'laptop', '--teacher-quantize', '4bit'], 'pip install "opd_nb[quantize]"')])
+    (['--teacher', 'openrouter:a/b'], 'OPENROUTER_API_KEY')])
 def test_doctor_says_what_stops_a_run(capsys, monkeypatch, words, says):
     monkeypatch.delenv('OPENROUTER_API_KEY', raising=False)
     status, out, _ = opd(capsys, 'doctor', *words)
