@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['add_mass', 'first_targets', 'PathStep', 'OwnPath', 'follow_own_path', 'end_to_end', 'rows_of_steps', 'share_out',
            'Choice', 'choices_ahead', 'choices_covering', 'join_overlapping', 'undecided_groups', 'after_complete',
-           'add_after_complete', 'find_undecided', 'canonical_targets', 'with_written', 'is_zero_between', 'all_said',
+           'add_after_complete', 'find_undecided', 'canonical_targets', 'with_written', 'none_between', 'all_said',
            'leave_open', 'CoverTargets', 'cover_targets', 'cover']
 
 # %% ../../nbs/04_losses/07_cover.ipynb #c003
@@ -263,7 +263,7 @@ def canonical_targets(
     left = 1 - (t - without).sum(-1, keepdim=True)
     return torch.where(left >= min_left, without / left.clamp(min=1e-9), t)
 
-# %% ../../nbs/04_losses/07_cover.ipynb #42c73548
+# %% ../../nbs/04_losses/07_cover.ipynb #de0694ec
 def with_written(
     q: torch.Tensor,         # [M, V_t] probabilities of the listed tokens, 0 for others
     ids: torch.Tensor,       # [M] the tokens that are there
@@ -274,13 +274,14 @@ def with_written(
     own = torch.where(logprobs.isnan() | (q.amax(-1) <= 0), listed, logprobs.exp().to(q))
     return q.scatter(1, ids[:, None], own[:, None])
 
-def is_zero_between(
-    x: torch.Tensor,      # [M]
+# %% ../../nbs/04_losses/07_cover.ipynb #10e38e16
+def none_between(
+    flags: torch.Tensor,  # [M] bool
     first: torch.Tensor,  # [U]
     past: torch.Tensor,   # [U] one past the last
 ) -> torch.Tensor:        # [U] bool
-    "Whether no value of a range is positive, as of an empty one."
-    n = torch.nn.functional.pad((x > 0).cumsum(0), (1, 0))
+    "Whether no flag of a range is set, as of an empty one."
+    n = torch.nn.functional.pad(flags.cumsum(0), (1, 0))
     return n[past] == n[first]
 
 def all_said(
@@ -292,9 +293,10 @@ def all_said(
 ) -> torch.Tensor:         # [U] bool
     "Where the teacher said what a target is made of: all lists, and the tokens on the way."
     no_list, no_own = q.amax(-1) <= 0, q.gather(1, ids[:, None])[:, 0] <= 0
-    way = is_zero_between(no_own, at - n_back, at + inside)
-    return way & is_zero_between(no_list, at - n_back, at + 1)
+    way = none_between(no_own, at - n_back, at + inside)
+    return way & none_between(no_list, at - n_back, at + 1)
 
+# %% ../../nbs/04_losses/07_cover.ipynb #76eaf072
 def leave_open(
     t: torch.Tensor,          # [U, E + 3] see `first_targets`; changed in place
     unlisted: torch.Tensor,   # [M] what is left of each of the teacher's rows
