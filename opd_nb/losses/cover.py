@@ -346,7 +346,7 @@ def cover_targets(
     t = canonical_targets(t[:, :-1].clamp_(min=0), previous, queries, min_left, min_prob)
 
     undecided = find_undecided(rows, covering, path, upcoming, queries, min_prob)
-    known = covering.reach > 1e-9
+    known = (q.amax(-1)[rows.at] > 0) & (covering.reach > 1e-9)  # False where it is no number
     if lists: known &= all_said(q, block.teacher_ids, rows.at, n_back, covering.boundary <= 0)
     return CoverTargets(t, known, undecided)
 
