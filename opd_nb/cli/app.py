@@ -38,6 +38,7 @@ def set_up_logging():
     for handler in logging.getLogger().handlers: handler.setFormatter(CleanLines('%(message)s'))
     for name in ('httpx', 'httpx2', 'openai', 'papermill', 'accelerate'):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger('bitsandbytes').setLevel(logging.ERROR)  # misses a kernel, used or not
 
 def pass_on_keys():
     "Put the keys of other programs from `.env` into the environment, where those look for them."

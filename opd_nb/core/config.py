@@ -115,8 +115,8 @@ def require_teacher(
     "Raise `BadInput` if the settings need a teacher and nobody named one."
     if 'teacher' in config.model_fields_set or config.method in ('sft', 'grpo'): return
     raise BadInput('teacher', None, 'must be named',
-                   'Use --preset NAME, or --teacher tiny:, hf:ID, gguf:FILE, api:URL#MODEL '
-                   'or openrouter:MODEL.')
+                   'Use --preset NAME, or --teacher tiny:, hf:ID, gguf:FILE, api:URL#MODEL, '
+                   'openrouter:MODEL, self: or scored:FILE.')
 
 # %% ../../nbs/01_core/07_config.ipynb #c040
 PLAIN = (str, int, float, list, dict, type(None))  # types of a papermill parameter

@@ -352,7 +352,7 @@ class Settings(*reversed(TOPICS.values()), BaseSettings):
         if self.quantize and not self.lora:
             raise BadInput('quantize', self.quantize,
                            'makes weights that cannot be trained, and there are no adapters',
-                           'Add --lora, or leave QUANTIZE out.')
+                           'Add --lora, or leave it out.')
         return self
 
     @model_validator(mode='after')
@@ -378,11 +378,11 @@ class Settings(*reversed(TOPICS.values()), BaseSettings):
     @model_validator(mode='after')
     def check_reward(self):
         if not self.reward_weight: return self
-        if self.method != 'opd' or not self.lambda_kd:
+        if self.method != 'opd' or not self.lambda_kd or self.teacher.startswith('scored:'):
             raise BadInput('reward_weight', self.reward_weight,
-                           'is for distillation on the rollouts of the student, beside its loss',
-                           'Use --method opd with lambda_kd over 0; or --method grpo for the '
-                           'reward alone.')
+                           'is for rollouts that the student writes now, beside their distillation',
+                           'Use --method opd with lambda_kd over 0 and no scored: teacher; or '
+                           '--method grpo for the reward alone.')
         if self.num_generations < 2:
             raise BadInput('reward_weight', self.reward_weight,
                            'compares the rollouts of a prompt, and there is one of each',

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['log', 'ENV_KEYS', 'OTHERS_KEYS', 'SPEC_KEYS', 'OUR_KEYS', 'MAX_EXPANDED', 'MAX_BRACKETS', 'backend_specs',
-           'names_backend', 'teacher_spec', 'edit_distance', 'is_near_miss', 'read_keys', 'unknown_variables',
-           'warn_once', 'read_env', 'parse_yaml', 'read_yaml', 'read_file', 'preset_folder', 'presets', 'read_preset',
-           'explain']
+           'names_backend', 'teacher_spec', 'edit_distance', 'is_near_miss', 'warn_once', 'read_keys',
+           'unknown_variables', 'read_env', 'parse_yaml', 'read_yaml', 'read_file', 'preset_folder', 'presets',
+           'read_preset', 'explain']
 
 # %% ../../nbs/01_core/05_sources.ipynb #h003
 import logging
@@ -121,6 +121,14 @@ def is_near_miss(
     if name.startswith('OPD_'): return True
     return any(edit_distance(name, ours) <= (2 if len(ours) > 6 else 1) for ours in known)
 
+# %% ../../nbs/01_core/05_sources.ipynb #2000d102
+@lru_cache(None)
+def warn_once(
+    text: str,
+):
+    "Log a warning, but not again for the next config."
+    log.warning(text)
+
 # %% ../../nbs/01_core/05_sources.ipynb #c013
 def read_keys(
     keys: Mapping[str, str | None], # names and values, as in a `.env` file or `os.environ`
@@ -134,6 +142,8 @@ def read_keys(
         for key in keys:
             if is_near_miss(key, {**known, **SPEC_KEYS}):
                 raise unknown(f'key in {place}', key.upper(), {**known, **SPEC_KEYS})
+            if key.lower() in fields and key.upper() not in known:
+                warn_once(f'{key} in {place} is not read: write OPD_{key.upper()}')
     values = {key.upper(): value for key, value in keys.items() if value}
     return {field: values[key] for key, field in known.items() if key in values}
 
@@ -146,13 +156,6 @@ def unknown_variables(
     known = [*(f'OPD_{field.upper()}' for field in fields), *OUR_KEYS]
     return [str(unknown('variable', name, known)) for name in sorted(names)
             if name.upper().startswith('OPD_') and name.upper() not in known]
-
-@lru_cache(None)
-def warn_once(
-    text: str,
-):
-    "Log a warning, but not again for the next config."
-    log.warning(text)
 
 # %% ../../nbs/01_core/05_sources.ipynb #c015
 def read_env(

@@ -192,10 +192,10 @@ class PositionChoice:
     ) -> 'PositionChoice':
         "What a setting says. Raises `BadInput` for another rule, or a share that is none."
         rule, _, share = text.strip().partition(':')
-        if rule not in POSITION_RULES: raise unknown('positions', text, POSITION_RULES)
         if rule == 'all' and not share: return cls()
         try: number = float(share)
         except ValueError: number = 0.
-        if rule != 'all' and 0 < number <= 1: return cls(rule, number)
+        is_rule = rule in POSITION_RULES and rule != 'all'
+        if is_rule and 0 < number <= 1: return cls(rule, number)
         raise BadInput('positions', text, 'must be all, or a rule with a share over 0 and at most 1',
                        'Use all, first:0.3, entropy:0.5 or teacher_entropy:0.5.')

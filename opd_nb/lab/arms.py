@@ -46,6 +46,7 @@ ARMS = dict(
     strict=on_policy('strict', loss='strict'),
     escd=on_policy('escd', loss='escd'),
     xtoken=on_policy('xtoken', ('crossing',), loss='xtoken'),
+    simct=on_policy('simct', loss='simct'),
     alm=on_policy('alm', loss='alm'),
     pg=on_policy('pg', loss='pg', temperature=1.0),
     sft_few=Arm(dict(method='sft'), 'sft', ('crossing',), 500),
@@ -69,6 +70,8 @@ ARMS = dict(
     trajectory=on_policy(
         'cover', ('crossing',), loss='cover', score_weight='trajectory', num_generations=4
     ),
+    siblings=on_policy('cover', ('crossing',), loss='cover', num_generations=4),
+    reward=on_policy('cover', ('crossing',), loss='cover', num_generations=4, reward_weight=1.0),
     sft_more=Arm(dict(method='sft'), 'sft', (), None, 900_000),
     kd_more=Arm(dict(method='kd', loss='cover'), 'kd', (), None, 900_000),
     cover_more=on_policy('cover', (), sft_tokens=900_000, loss='cover'),

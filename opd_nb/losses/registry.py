@@ -8,6 +8,7 @@ __all__ = ['LOSSES', 'DEFAULT_LOSS', 'register_loss', 'is_served', 'losses_serve
 
 # %% ../../nbs/04_losses/03_registry.ipynb #h003
 import inspect
+from typing import Iterable
 
 import numpy as np
 import torch
@@ -105,6 +106,7 @@ DEFAULT_LOSS = 'cover'  # different vocabularies: says most where they differ mo
 def get_loss(
     name: str,        # a registered loss, or 'auto'
     vocab: VocabMap,  # what both can express
+    can_serve: Iterable[str] | None = None,  # losses that the teacher serves; all if not known
     **options,        # parameters of that loss, such as `beta`
 ):                    # the loss as a function of (student, teacher, alignment)
     "The loss of that name for this pair of vocabularies, or an error that says which would do."
@@ -112,7 +114,7 @@ def get_loss(
     if name not in LOSSES: raise unknown('loss', name, [*LOSSES.names, 'auto'])
     loss = LOSSES[name]
     if loss.same_vocab and not vocab.identical:
-        others = ', '.join(k for k, x in LOSSES.load_all().items() if not x.same_vocab)
+        others = ', '.join(k for k in can_serve or LOSSES.load_all() if not LOSSES[k].same_vocab)
         differ = 'have different ones'
         if None not in vocab.tokens and same_vocabulary(*vocab.tokens):
             own, its = map(set, vocab.stops)

@@ -23,7 +23,7 @@ def quantize_options(
     if not bits: return {}
     if not importlib.util.find_spec('bitsandbytes'):
         raise BadInput(field, bits, 'needs bitsandbytes, which is not installed',
-                       f'Type: pip install "opd_nb[quantize]". Or leave {field.upper()} out.')
+                       f'Type: pip install "opd_nb[quantize]". Or leave {field} out.')
     from transformers import BitsAndBytesConfig
     logging.getLogger('bitsandbytes').setLevel(logging.ERROR)  # it warns at every product of 8 bits
     kinds = {'4bit': dict(load_in_4bit=True, bnb_4bit_quant_type='nf4',

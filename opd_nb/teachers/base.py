@@ -275,9 +275,12 @@ def encode_record(
         return Unscored(which, conversation.prompt, why, 'Give it a prompt.', 'unreadable')
     if len(prompt_ids) + len(ids) <= context: return EncodedRecord(prompt_ids, list(ids), ends)
     why = f'has {len(prompt_ids)} + {len(ids)} tokens, but the context holds {context}'
-    remedy = ('Lower MAX_NEW_TOKENS, or leave the record out; a GGUF teacher that was trained for '
-              'more reads more with a higher TEACHER_N_CTX.')
-    return Unscored(which, shown, why, remedy, 'too_long')
+    remedy = 'Lower MAX_NEW_TOKENS, or leave the record out'
+    if len(prompt_ids) >= context:
+        why = f'has a prompt of {len(prompt_ids)} tokens, but the context holds {context}'
+        remedy = 'Shorten the prompt or what only the teacher is told, or leave the record out'
+    more = 'a GGUF teacher that was trained for more reads more with a higher TEACHER_N_CTX.'
+    return Unscored(which, shown, why, f'{remedy}; {more}', 'too_long')
 
 # %% ../../nbs/06_teachers/01_base.ipynb #c046
 def encode_records(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'NUMBER', 'NOT_STORED', 'beginning', 'ScoredTeacher', 'scored_teacher', 'stored_conversations',
-           'say_tokenised_anew']
+           'tokenised_anew']
 
 # %% ../../nbs/06_teachers/13_scored.ipynb #h003
 import logging
@@ -178,15 +178,14 @@ def stored_conversations(
     raise BadInput('method', 'kd', f'learns from references, and {teacher.path} has none',
                    'Leave --method out, or score references: opd score without --student.')
 
-def say_tokenised_anew(
+def tokenised_anew(
     teacher: ScoredTeacher,
     codec: ChatCodec,   # the student's
-) -> int:               # texts
-    "Log how many rollouts are of a student with another tokenizer."
+) -> str:               # empty if that is none
+    "Says how many rollouts are of a student with another tokenizer."
     alike = teacher.writes_alike(codec)
     n = sum(t.writer >= 0 and t.writer not in alike for t in teacher.texts)
-    if n:
-        log.warning('%d of %s are of a student with another tokenizer. They are tokenised anew, '
-                    'without their logprobs at sampling: trust and pg have no importance ratio '
-                    'there.', n, counted(len(teacher.texts), 'text'))
-    return n
+    if not n: return ''
+    return (f'{n} of {counted(len(teacher.texts), "text")} are of a student with another '
+            'tokenizer. They are tokenised anew, without their logprobs at sampling: trust and pg '
+            'have no importance ratio there.')

@@ -30,7 +30,7 @@ from ..teachers.base import (as_teacher, describe, is_scored, is_self, is_stored
                                   load_teacher, measure_scoring, parse_specs)
 from ..teachers.context import TeacherContext, in_context
 from ..teachers.mixture import members
-from ..teachers.scored import stored_conversations
+from ..teachers.scored import stored_conversations, tokenised_anew
 from ..teachers.self_teacher import self_teacher_bytes
 from ..data.formats import load_conversations
 from ..training.pairs import loss_for
@@ -334,6 +334,8 @@ def examine(
     if not (teacher and student): return
     def compare():
         lines = context_lines(teacher, config, prompts)
+        if is_stored(teacher) and (text := tokenised_anew(teacher, student.codec)):
+            lines.append(Line('warning', 'texts', text))
         if config.data: lines += share_lines(teacher, prompts)
         lines += template_lines(student.codec, teacher)
         for who, one in members(teacher):

@@ -365,9 +365,10 @@ def context_lines(
     few, many = min(more), max(more)
     tokens = few if few == many else f'{few} to {many}'
     text = f'the teacher is told {tokens} tokens that the student does not see'
-    remedy = 'Tell it less, lower --max-new-tokens, or take a teacher that reads more.'
     if len(long_for_teacher(teacher, prompts)) == len(prompts):
+        remedy = 'Tell it less, or take a teacher that reads more.'
         return [Line('stop', 'context', f'{text}, which leave no room for a completion', remedy)]
+    remedy = 'Tell it less, lower --max-new-tokens, or take a teacher that reads more.'
     if not (short := long_for_teacher(teacher, prompts, config.max_new_tokens)):
         return [Line('ok', 'context', text)]
     return [Line('warning', 'context', f'{text}; in {len(short)} of {len(prompts)} prompts fewer '

@@ -60,7 +60,7 @@ def loss_for(
         raise BadInput('loss', name, f'asks more than this teacher gives ({can.best})',
                        f'Choose one it can serve: {losses}; or another teacher.')
     if config and name in LOSSES: options = settings_of_loss(name, config) | options
-    return get_loss(name, vocab, **options)
+    return get_loss(name, vocab, can.losses, **options)
 
 # %% ../../nbs/09_training/00_pairs.ipynb #2b14a8d5
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ from ..models.gguf_student import gguf_of
 from ..models.quantize import quantize_options
 from ..teachers.base import as_teacher, describe, is_scored, is_self, is_stored, load_teacher
 from ..teachers.context import TeacherContext, in_context, is_told
-from ..teachers.scored import say_tokenised_anew, stored_conversations
+from ..teachers.scored import tokenised_anew, stored_conversations
 from ..data.formats import each_turn, load_conversations, split
 from ..monitor.alerts import Watch
 from ..monitor.trackers import tracker_names
@@ -202,7 +202,8 @@ def prepare(
     check_templates(run)
     warn_of_long_prompts(run)
     warn_of_teachers_context(run)
-    if is_stored(teacher) and state.is_main_process: say_tokenised_anew(teacher, student.codec)
+    if is_stored(teacher) and state.is_main_process:
+        if text := tokenised_anew(teacher, student.codec): log.warning(text)
     return run
 
 
