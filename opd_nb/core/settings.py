@@ -249,8 +249,8 @@ class LossSettings(BaseModel):
         'Verifier whose verdict is the reward: countdown, exact, or one that was registered.',
         min_length=1)
     reward_weight: float = setting(0.,
-        "Weight of the verifier's reward beside distillation, on the same rollouts; it needs "
-        'several of each prompt.', 'factor', ge=0)
+        "Weight of the verifier's reward beside distillation, on several rollouts of each prompt.",
+        'factor', ge=0)
 
 # %% ../../nbs/01_core/04_settings.ipynb #c022
 class OptimizerSettings(BaseModel):
@@ -299,6 +299,7 @@ class RunSettings(BaseModel):
     save_every: int = setting(100, 'Steps between checkpoints.', 'steps', ge=1)
     keep_last: int = setting(2,
         'Checkpoints kept, the newest; best and final are kept beside them.', 'checkpoints', ge=1)
+    keep_rollouts: bool = setting(False, 'Keep all rollouts in rollouts.jsonl, for opd score.')
     track: str | None = setting(None, 'Trackers by comma: tensorboard, wandb, trackio.')
     resume: bool = setting(False,
         'Go on from the newest checkpoint in output_dir; without one, in the newest folder of '
@@ -397,10 +398,10 @@ class Settings(*reversed(TOPICS.values()), BaseSettings):
                            f'chooses where a teacher is compared, and {self.method} has none',
                            'Use --method opd or kd, or --positions all.')
         first = self.first_new_tokens
-        if first is not None and self.method in ('kd', 'sft'):
-            raise BadInput('first_new_tokens', first,
-                           f'is for completions that the student writes, and {self.method} has none',
-                           'Use --method opd, or leave it out.')
+        for name, value in dict(first_new_tokens=first, keep_rollouts=self.keep_rollouts).items():
+            if not value or self.method not in ('kd', 'sft'): continue
+            raise BadInput(name, value, 'is for completions that the student writes, and '
+                           f'{self.method} has none', 'Use --method opd, or leave it out.')
         if first is not None and first > self.max_new_tokens:
             raise BadInput('first_new_tokens', first,
                            f'is more than the longest rollout ({self.max_new_tokens})',

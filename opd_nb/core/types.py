@@ -12,7 +12,7 @@ import json
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, get_args
 
-from .errors import BadInput, unknown
+from .errors import BadInput
 
 # %% ../../nbs/01_core/02_types.ipynb #c012
 TEACHER_FIELDS = ('teacher_system', 'teacher_messages', 'teacher_context')  # keys of `metadata`

@@ -21,7 +21,7 @@ from ..core.errors import BadInput
 from ..core.files import expanded
 from ..core.text import counted
 from ..core.types import Conversation, TopKSignal
-from .base import Capabilities, Teacher, Unscored, register_teacher
+from .base import Capabilities, Teacher, Unscored, is_stored, register_teacher
 from .scored_file import ScoredFile, ScoredText, read_scored
 
 log = logging.getLogger('opd_nb')
@@ -179,10 +179,11 @@ def stored_conversations(
                    'Leave --method out, or score references: opd score without --student.')
 
 def tokenised_anew(
-    teacher: ScoredTeacher,
+    teacher,            # see `load_teacher`
     codec: ChatCodec,   # the student's
 ) -> str:               # empty if that is none
-    "Says how many rollouts are of a student with another tokenizer."
+    "Says how many stored rollouts are of a student with another tokenizer."
+    if not is_stored(teacher): return ''
     alike = teacher.writes_alike(codec)
     n = sum(t.writer >= 0 and t.writer not in alike for t in teacher.texts)
     if not n: return ''

@@ -334,8 +334,8 @@ def examine(
     if not (teacher and student): return
     def compare():
         lines = context_lines(teacher, config, prompts)
-        if is_stored(teacher) and (text := tokenised_anew(teacher, student.codec)):
-            lines.append(Line('warning', 'texts', text))
+        text = tokenised_anew(teacher, student.codec)
+        if text: lines.append(Line('warning', 'texts', text))
         if config.data: lines += share_lines(teacher, prompts)
         lines += template_lines(student.codec, teacher)
         for who, one in members(teacher):

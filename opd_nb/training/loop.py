@@ -35,6 +35,7 @@ from ..teachers.base import as_teacher
 from ..monitor.metrics import sample_faults, text_metrics
 from ..monitor.run_log import log_event, explain_write_errors
 from ..monitor.trackers import Trackers
+from ..monitor.kept_rollouts import keep_rollouts
 from ..monitor.report import end_of_run, save_samples
 from .pairs import pair_of
 from .batch import (WeightedMetrics, batches_by_teacher, distillation_loss, fault_of,
@@ -66,6 +67,8 @@ def train_step(
     usable = bool(total.trained and math.isfinite(grad_norm))
     lr = update_weights(run, usable)                         # 6. optimizer step
     run.last_rollouts = terms[0].term.texts
+    if run.config.keep_rollouts: keep_rollouts(run.config.output_dir, run.step, run.last_rollouts,
+                                               run.state.process_index)
     return step_event(run, total, usable, grad_norm, lr) | run.phase_seconds(run.now() - start)
 
 

@@ -202,8 +202,8 @@ def prepare(
     check_templates(run)
     warn_of_long_prompts(run)
     warn_of_teachers_context(run)
-    if is_stored(teacher) and state.is_main_process:
-        if text := tokenised_anew(teacher, student.codec): log.warning(text)
+    text = tokenised_anew(teacher, student.codec)
+    if text and state.is_main_process: log.warning(text)
     return run
 
 
@@ -298,8 +298,7 @@ def check_template(
     by_roles: dict[tuple[str, ...], list[Conversation]] = {}
     for c in seen: by_roles.setdefault(tuple(m['role'] for m in c.prompt), []).append(c)
     for roles, rows in by_roles.items():
-        try:
-            codec.prompt(rows[0].prompt)
+        try: codec.prompt(rows[0].prompt)
         except BadInput as e:
             raise BadInput(
                 'data', str(run.config.data),
@@ -330,11 +329,11 @@ def check_positions(
 ):
     "Raise `BadInput` if positions, lengths or rewards ask for what this teacher does not give."
     rule = PositionChoice.parse(config.positions).rule
-    needs_writing = dict(positions=rule == 'first', reward_weight=config.reward_weight > 0,
-                         first_new_tokens=config.first_new_tokens is not None)
-    for name in (name for name, asked in needs_writing.items() if asked and is_stored(teacher)):
-        raise BadInput(name, getattr(config, name), 'is for texts that are written anew, and '
-                       'those of a scored file are kept whole', 'Leave it out.')
+    writes = [name for name in ('reward_weight', 'first_new_tokens', 'keep_rollouts')
+              if getattr(config, name)] + ['positions'] * (rule == 'first')
+    if writes and is_stored(teacher):
+        raise BadInput(writes[0], getattr(config, writes[0]), 'is for texts that are written anew, '
+                       'and those of a scored file are kept whole', 'Leave it out.')
     needs = dict(all=None, teacher_entropy=('full', 'topk')).get(rule, ('full', 'topk', 'logprob'))
     if teacher is None or needs is None or teacher.capabilities.best in needs: return
     raise BadInput('positions', config.positions,

@@ -443,8 +443,8 @@ def rollout_function(
         raise BadInput('staleness', config.staleness, 'has one process write and learn at once',
                        'Add --rollouts vllm:http://HOST:8000, or leave it out.')
     by_entropy = PositionChoice.parse(config.positions).rule == 'entropy'
-    write = partial(rollout, keep_entropies=True) if by_entropy else rollout
+    write = partial(rollout, keep_entropies=by_entropy, keep_logprobs=config.keep_rollouts)
     if config.rollout_dtype == 'auto': return write
     by_ratio = {pair.loss.name for pair in pairs} & {'pg', 'trust'}
-    keeps = bool(by_ratio or config.method == 'grpo' or config.reward_weight)
-    return CastRollouts(write, getattr(torch, config.rollout_dtype), keeps)
+    keeps = by_ratio or config.method == 'grpo' or config.reward_weight or config.keep_rollouts
+    return CastRollouts(write, getattr(torch, config.rollout_dtype), bool(keeps))

@@ -1,5 +1,6 @@
 "A teacher that is asked once: files that are resumed, damaged or of another tokenizer, and training on them."
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,10 +17,12 @@ from opd_nb.core.errors import BadInput
 from opd_nb.core.types import Conversation
 from opd_nb.data.formats import save_conversations
 from opd_nb.lab import countdown
-from opd_nb.models.lm import tiny_folder
+from opd_nb.models.lm import LM, tiny_folder
+from opd_nb.monitor.kept_rollouts import read_kept_rollouts
 from opd_nb.teachers.base import load_teacher
 from opd_nb.teachers.scored_file import Header, read_scored, reduced, write_scored
 from opd_nb.tools.score import score_texts
+from opd_nb.training.checkpoints import newest_checkpoint
 from opd_nb.training.loop import train, train_step
 from opd_nb.training.methods import sample_or_reference
 from opd_nb.training.setup import prepare
@@ -259,3 +262,48 @@ def test_an_endpoint_is_asked_once(tmp_path):
     assert len(done.file.texts) == 8 and done.file.header.k == 8 and done.file.header.access == ['logprob', 'topk']
     trained = train(training(tmp_path / 'f', tmp_path / 'run', max_steps=3), progress=False)
     assert [e['scored'] for e in trained.events if e['event'] == 'step'] == [8] * 3
+
+
+def keeping(folder, out, **more):
+    return asking(folder, **dict(output_dir=out, loss='cover', max_steps=4, save_every=2, val_fraction=0, learning_rate=1e-3, warmup_steps=1) | more)
+
+
+@pytest.mark.parametrize('more', [{}, dict(rollout_dtype='bfloat16')], ids=['here', 'by a copy'])
+def test_a_run_that_keeps_its_rollouts_is_the_same_run(folder, tmp_path, more):
+    "And one that stops and goes on keeps each rollout once."
+    plain = train(keeping(folder, tmp_path / 'plain', **more), progress=False)
+    kept = train(keeping(folder, tmp_path / 'kept', keep_rollouts=True, **more), progress=False)
+    def losses(run): return [e['loss'] for e in run.events if e['event'] == 'step']
+    assert losses(plain) == losses(kept) and not (tmp_path / 'plain/rollouts.jsonl').exists()
+    codec = LM.load('tiny:student', device='cpu').codec
+    whole = read_kept_rollouts(tmp_path / 'kept', codec)
+    assert len(whole) == 4 * 8 and all(r.logprobs and len(r.logprobs) == len(r.ids) for r in whole)
+    steps = newest_checkpoint(tmp_path / 'kept')
+    assert steps.name == 'step-4'
+    shutil.rmtree(steps)  # as if it had been killed before it was saved
+    train(keeping(folder, tmp_path / 'kept', keep_rollouts=True, resume=True, **more), progress=False)
+    assert len((tmp_path / 'kept/rollouts.jsonl').read_text().splitlines()) == 6 * 8
+    again = read_kept_rollouts(tmp_path / 'kept', codec)
+    assert [(r.ids, r.logprobs) for r in again] == [(r.ids, r.logprobs) for r in whole]
+
+
+def test_rollouts_of_a_run_are_scored_by_another_teacher(folder, tmp_path, capsys):
+    "They are what the run wrote, and the ratio of `trust` is that of the student of then."
+    train(keeping(folder, tmp_path / 'run', keep_rollouts=True), progress=False)
+    about_run = OPDConfig(_env_file=None, teacher='tiny:', data=str(tmp_path / 'run'), teacher_top_k=16, device='cpu')
+    done = score_texts(about_run, tmp_path / 'f', progress=False)
+    kept = read_kept_rollouts(tmp_path / 'run', LM.load('tiny:student', device='cpu').codec)
+    assert [t.ids for t in done.file.texts] == [r.ids for r in kept] and {t.writer for t in done.file.texts} == {0}
+    assert done.file.header.writers[0].student == 'tiny:student' and done.file.header.writers[0].max_new_tokens == 16
+    live = load_teacher('tiny:', asking(folder))
+    signals = live.score([r.conversation for r in kept[:16]], [(r.data, r.stopped) for r in kept[:16]])
+    for a, t in zip(signals, done.file.texts): torch.testing.assert_close(a.logprobs, t.signal.logprobs, rtol=0, atol=1e-5)
+    first = replace(done.file, texts=done.file.texts[:8])  # written by the untouched student
+    write_scored(tmp_path / 'first', first.header, first.codec, first.texts)
+    assert abs(first_step(training(tmp_path / 'first', tmp_path / 'a'))[1]['ratio_max'] - 1) < 1e-3
+    assert abs(train(training(tmp_path / 'f', tmp_path / 'b'), progress=False).events[-1]['ratio_max'] - 1) > 1e-3
+    with pytest.raises(BadInput, match='Leave it out'): score_texts(asking(folder, data=str(tmp_path / 'run')), tmp_path / 'g', progress=False)
+    train(keeping(folder, tmp_path / 'forgets'), progress=False)
+    assert main(['score', f"--data={tmp_path / 'forgets'}", '--teacher=tiny:', f"--out={tmp_path / 'g'}"]) == 2
+    assert '--keep-rollouts' in capsys.readouterr().err
+    with pytest.raises(BadInput, match='written anew'): prepare(training(tmp_path / 'f', tmp_path / 'c', keep_rollouts=True))

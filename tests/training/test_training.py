@@ -13,7 +13,9 @@ from opd_nb.models.lm import tiny_folder
 from opd_nb.data.formats import save_conversations
 from opd_nb.monitor.run_log import read_log
 from opd_nb.training.checkpoints import newest_checkpoint
-from opd_nb.training.loop import train
+from opd_nb.losses.registry import LOSSES
+from opd_nb.training.loop import train, train_step
+from opd_nb.training.setup import prepare
 from opd_nb.lab import countdown
 
 
@@ -60,6 +62,20 @@ def test_resumed_run_is_the_same_run(prompts, tmp_path, kw):
     a, b = weights(whole.student), weights(again.student)
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     assert figures(whole.folder) == figures(again.folder)
+
+
+@pytest.mark.parametrize('loss', sorted({*LOSSES.load_all()} - {'sft', 'continuation'}))  # those are for text alone
+def test_every_loss_trains(prompts, tmp_path, loss):
+    "Eight steps on the same reference texts. What `pg` and `trust` compute is no distance; there the student must move."
+    both = dict(student='tiny:teacher') if loss == 'gkd' else {}
+    run = prepare(config(prompts, tmp_path, method='kd', loss=loss, batch=16, num_samples=16, val_fraction=0, max_steps=8, **both))
+    torch.manual_seed(0)
+    if both:
+        for p in run.student.model.parameters(): p.data += .1 * p.data.std() * torch.randn_like(p)
+    before = [p.detach().clone() for p in run.weights]
+    losses = [train_step(run)['loss'] for _ in range(8)]
+    assert losses[-1] < losses[0] or loss in ('pg', 'trust')
+    assert all(torch.isfinite(p).all() for p in run.weights) and any(not torch.equal(p, q) for p, q in zip(before, run.weights))
 
 
 def test_micro_batches_change_nothing(prompts, tmp_path):
