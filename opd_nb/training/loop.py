@@ -67,8 +67,8 @@ def train_step(
     usable = bool(total.trained and math.isfinite(grad_norm))
     lr = update_weights(run, usable)                         # 6. optimizer step
     run.last_rollouts = terms[0].term.texts
-    if run.config.keep_rollouts: keep_rollouts(run.config.output_dir, run.step, run.last_rollouts,
-                                               run.state.process_index)
+    if run.config.keep_rollouts:
+        keep_rollouts(run.config.output_dir, run.step, run.last_rollouts, run.state.process_index)
     return step_event(run, total, usable, grad_norm, lr) | run.phase_seconds(run.now() - start)
 
 
