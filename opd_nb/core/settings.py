@@ -385,9 +385,8 @@ class Settings(*reversed(TOPICS.values()), BaseSettings):
                            'Use --method opd with lambda_kd over 0 and no scored: teacher; or '
                            '--method grpo for the reward alone.')
         if self.num_generations < 2:
-            raise BadInput('reward_weight', self.reward_weight,
-                           'compares the rollouts of a prompt, and there is one of each',
-                           'Use --num-generations 4.')
+            raise BadInput('reward_weight', self.reward_weight, 'compares the rollouts of a prompt, '
+                           'and there is one of each', 'Use --num-generations 4.')
         return self
 
     @model_validator(mode='after')
@@ -399,9 +398,10 @@ class Settings(*reversed(TOPICS.values()), BaseSettings):
                            'Use --method opd or kd, or --positions all.')
         first = self.first_new_tokens
         for name, value in dict(first_new_tokens=first, keep_rollouts=self.keep_rollouts).items():
-            if not value or self.method not in ('kd', 'sft'): continue
+            who = self.method if self.lam or self.method != 'opd' else 'lam = 0'
+            if not value or who not in ('kd', 'sft', 'lam = 0'): continue
             raise BadInput(name, value, 'is for completions that the student writes, and '
-                           f'{self.method} has none', 'Use --method opd, or leave it out.')
+                           f'{who} has none', 'Use --method opd, or leave it out.')
         if first is not None and first > self.max_new_tokens:
             raise BadInput('first_new_tokens', first,
                            f'is more than the longest rollout ({self.max_new_tokens})',

@@ -250,7 +250,7 @@ def _warning_row(w):
 WHAT_IS = {'config.yaml': 'all settings; opd train --config repeats the run',
            'log.jsonl': 'every event, one a line',
            'samples.jsonl': 'what the student wrote',
-           'rollouts.jsonl': 'all that it wrote, for opd score --data RUN',
+           'rollouts.jsonl': 'what it learnt from, for opd score --data RUN',
            'best': 'the student of the best validation',
            'final': 'the student of the last step',
            'tensorboard': 'for tensorboard --logdir',

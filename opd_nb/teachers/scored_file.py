@@ -123,9 +123,10 @@ class ScoredText:
     logprobs: tuple[float, ...] = ()  # [S] when it wrote them, nats at temperature 1
 
     @property
-    def identity(self) -> tuple[str, bytes, bool, int, tuple[int, ...]]:
+    def identity(self) -> tuple[str, bytes, bool, int, tuple[int, ...], tuple[float, ...]]:
         "What makes two texts the same."
-        return self.conversation.key, self.data, self.stopped, self.writer, self.ids
+        c = self.conversation
+        return c.key, self.data, self.stopped, self.writer, self.ids, self.logprobs
 
 def token_tensors(
     signals: list[TopKSignal],   # with k columns at most, see `reduced`

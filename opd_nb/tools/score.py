@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -31,7 +32,7 @@ from ..core.files import expanded
 from ..core.text import counted
 from ..core.types import Completion, Conversation, Rollout
 from ..data.formats import each_turn, load_conversations
-from ..eval.models import is_run, of_run, settings_of_run
+from ..eval.models import codec_of_run, is_run, settings_of_run
 from ..losses.likelihood import token_logprobs
 from ..models.lm import LM
 from ..models.memory import hub_token
@@ -75,16 +76,16 @@ class Order:
     prompts: list[list[Conversation]]       # of each part
     kept: KeptTexts | None = None           # rollouts of a run
 
-    @property
+    @cached_property
     def asked(self) -> str: return settings_hash(self.config, ASKING)
 
-    @property
+    @cached_property
     def name(self) -> str:
         "Equal for equal commands."
         texts = [c for part in self.prompts for c in part]
         chosen = [self.config.chat_template, self.kept and self.kept.hash]
         return settings_hash(self.config, WRITING if self.by_student else (), self.asked,
-                             data_hash(texts), str(self.by_student), str(len(self.prompts)),
+                             data_hash(texts), str(self.by_student), str([*map(len, self.prompts)]),
                              *filter(None, chosen))  # older parts have none
 
 # %% ../../nbs/11_tools/09_score.ipynb #2000f002
@@ -93,12 +94,10 @@ def kept_texts(
 ) -> KeptTexts:
     "All rollouts that a run kept. Raises `BadInput` if it kept none."
     if 'student' in config.model_fields_set:
-        raise BadInput('student', config.student, f'is not asked: {config.data} has its rollouts',
-                       'Leave it out.')
+        log.warning('%s is not asked to write: %s has its rollouts', config.student, config.data)
     folder = expanded(config.data)
-    saved, settings = of_run(folder)[-1], settings_of_run(folder)
-    codec = LM.load(saved.spec, 'student', config.dtype, config.device, hub_token(config),
-                    trust_remote_code=config.trust_remote_code, **saved.loading).codec
+    settings = settings_of_run(folder)
+    codec = codec_of_run(folder, hub_token(config), config.trust_remote_code)
     rollouts = read_kept_rollouts(folder, codec)[:config.num_samples]
     if not rollouts:
         raise BadInput('data', config.data, 'is a run that kept none of its rollouts',

@@ -36,6 +36,7 @@ from ..models.fsdp import (
     gather_state, gather_weights, is_sharded, load_optimizer_state, load_sharded_adapters,
     load_sharded_weights)
 from ..teachers.base import Teacher, as_teacher
+from ..monitor.kept_rollouts import cut_kept_rollouts
 from ..monitor.run_log import read_log, explain_write_errors
 from .vllm_rollouts import VLLMRollouts
 
@@ -265,14 +266,16 @@ def check_same_data(
 def resume_run(
     run,           # a `Run`, see `setup`
 ):
-    "Continue from the newest checkpoint that is intact, and truncate the log to its step."
+    "Continue from the newest checkpoint that is intact, and truncate the log and kept rollouts to its step."
     folder = run.config.output_dir
     newest = on_main_process(lambda: intact_checkpoint(folder))
     if newest: load_checkpoint(run, newest)
     run.events = [e for e in read_log(folder) if e['step'] <= run.step]
     for e in run.events: run.watch.see(e)  # alerts compare with how the run began
     run.state.wait_for_everyone()
-    if run.state.is_main_process: write_log(run)
+    if run.state.is_main_process:
+        write_log(run)
+        cut_kept_rollouts(folder, run.step)
     run.state.wait_for_everyone()
 
 

@@ -21,7 +21,7 @@ from opd_nb.models.lm import LM, tiny_folder
 from opd_nb.monitor.kept_rollouts import read_kept_rollouts
 from opd_nb.teachers.base import load_teacher
 from opd_nb.teachers.scored_file import Header, read_scored, reduced, write_scored
-from opd_nb.tools.score import score_texts
+from opd_nb.tools.score import logprobs_of_own, score_texts
 from opd_nb.training.checkpoints import newest_checkpoint
 from opd_nb.training.loop import train, train_step
 from opd_nb.training.methods import sample_or_reference
@@ -268,42 +268,57 @@ def keeping(folder, out, **more):
     return asking(folder, **dict(output_dir=out, loss='cover', max_steps=4, save_every=2, val_fraction=0, learning_rate=1e-3, warmup_steps=1) | more)
 
 
+def losses_of(run): return [e['loss'] for e in run.events if e['event'] == 'step']
+
+
 @pytest.mark.parametrize('more', [{}, dict(rollout_dtype='bfloat16')], ids=['here', 'by a copy'])
 def test_a_run_that_keeps_its_rollouts_is_the_same_run(folder, tmp_path, more):
-    "And one that stops and goes on keeps each rollout once."
+    "And one that is killed and goes on keeps each rollout once."
     plain = train(keeping(folder, tmp_path / 'plain', **more), progress=False)
     kept = train(keeping(folder, tmp_path / 'kept', keep_rollouts=True, **more), progress=False)
-    def losses(run): return [e['loss'] for e in run.events if e['event'] == 'step']
-    assert losses(plain) == losses(kept) and not (tmp_path / 'plain/rollouts.jsonl').exists()
-    codec = LM.load('tiny:student', device='cpu').codec
-    whole = read_kept_rollouts(tmp_path / 'kept', codec)
-    assert len(whole) == 4 * 8 and all(r.logprobs and len(r.logprobs) == len(r.ids) for r in whole)
-    steps = newest_checkpoint(tmp_path / 'kept')
-    assert steps.name == 'step-4'
-    shutil.rmtree(steps)  # as if it had been killed before it was saved
-    train(keeping(folder, tmp_path / 'kept', keep_rollouts=True, resume=True, **more), progress=False)
-    assert len((tmp_path / 'kept/rollouts.jsonl').read_text().splitlines()) == 6 * 8
-    again = read_kept_rollouts(tmp_path / 'kept', codec)
-    assert [(r.ids, r.logprobs) for r in again] == [(r.ids, r.logprobs) for r in whole]
+    assert losses_of(plain) == losses_of(kept) and not (tmp_path / 'plain/rollouts.jsonl').exists()
+    file = tmp_path / 'kept/rollouts.jsonl'
+    whole = file.read_bytes()
+    shutil.rmtree(newest_checkpoint(tmp_path / 'kept'))  # killed before step 4 was saved
+    with open(file, 'a') as f: f.write('{"step": 4, "ro')
+    again = train(keeping(folder, tmp_path / 'kept', keep_rollouts=True, resume=True, **more), progress=False)
+    assert again.steps == 4 and file.read_bytes() == whole
+    assert len(read_kept_rollouts(tmp_path / 'kept', LM.load('tiny:student', device='cpu').codec)) == 4 * 8
 
 
-def test_rollouts_of_a_run_are_scored_by_another_teacher(folder, tmp_path, capsys):
-    "They are what the run wrote, and the ratio of `trust` is that of the student of then."
+@pytest.mark.parametrize('loss', ['trust', 'pg'])
+def test_a_ratio_to_what_is_kept_is_one_but_for_rounding(folder, tmp_path, loss):
+    plain, kept = (train(keeping(folder, tmp_path / str(k), loss=loss, keep_rollouts=k, max_steps=2), progress=False) for k in (False, True))
+    assert losses_of(kept) == pytest.approx(losses_of(plain), abs=1e-4)
+
+
+def test_rollouts_of_a_run_are_scored_by_another_teacher(folder, tmp_path):
+    "They are what the run wrote, with the logprobs that the student of that step gave them."
+    out = tmp_path / 'run'
+    train(keeping(folder, out, keep_rollouts=True, keep_last=9, num_generations=2, batch=4, temperature=1.3), progress=False)
+    about_run = OPDConfig(_env_file=None, teacher='tiny:', data=str(out), teacher_top_k=16, device='cpu')
+    texts = score_texts(about_run, tmp_path / 'f', progress=False).file.texts
+    kept = read_kept_rollouts(out, LM.load('tiny:student', device='cpu').codec)
+    assert len(kept) == 4 * 8 and {(t.conversation.key, t.ids, t.logprobs) for t in texts} == {(r.conversation.key, r.ids, r.logprobs) for r in kept}
+    writer = read_scored(tmp_path / 'f').header.writers[0]
+    assert (writer.student, writer.max_new_tokens, writer.temperature) == ('tiny:student', 16, 1.3)
+    live, some = load_teacher('tiny:', about_run), texts[:16]
+    for a, t in zip(live.score([t.conversation for t in some], [(t.data, t.stopped) for t in some]), some):
+        torch.testing.assert_close(a.logprobs, t.signal.logprobs, rtol=0, atol=1e-5)
+    third, then = kept[16:24], LM.load(str(out / 'step-2'), device='cpu')
+    for r, values in zip(third, logprobs_of_own(then, third, None)): assert r.logprobs == pytest.approx(values, abs=1e-4)
+    now = LM.load(str(out / 'final'), device='cpu')
+    assert any(abs(a - b) > 1e-2 for r, values in zip(third, logprobs_of_own(now, third, None)) for a, b in zip(r.logprobs, values))
+    assert train(training(tmp_path / 'f', tmp_path / 'b'), progress=False).steps == 6
+    with pytest.raises(BadInput, match='written anew'): prepare(training(tmp_path / 'f', tmp_path / 'c', keep_rollouts=True))
+
+
+def test_what_a_run_kept_may_be_told_to_another_teacher(folder, tmp_path, capsys):
+    "References stay with the rollouts; a run that was stopped before it saved anything will do; one that kept none will not."
     train(keeping(folder, tmp_path / 'run', keep_rollouts=True), progress=False)
-    about_run = OPDConfig(_env_file=None, teacher='tiny:', data=str(tmp_path / 'run'), teacher_top_k=16, device='cpu')
-    done = score_texts(about_run, tmp_path / 'f', progress=False)
-    kept = read_kept_rollouts(tmp_path / 'run', LM.load('tiny:student', device='cpu').codec)
-    assert [t.ids for t in done.file.texts] == [r.ids for r in kept] and {t.writer for t in done.file.texts} == {0}
-    assert done.file.header.writers[0].student == 'tiny:student' and done.file.header.writers[0].max_new_tokens == 16
-    live = load_teacher('tiny:', asking(folder))
-    signals = live.score([r.conversation for r in kept[:16]], [(r.data, r.stopped) for r in kept[:16]])
-    for a, t in zip(signals, done.file.texts): torch.testing.assert_close(a.logprobs, t.signal.logprobs, rtol=0, atol=1e-5)
-    first = replace(done.file, texts=done.file.texts[:8])  # written by the untouched student
-    write_scored(tmp_path / 'first', first.header, first.codec, first.texts)
-    assert abs(first_step(training(tmp_path / 'first', tmp_path / 'a'))[1]['ratio_max'] - 1) < 1e-3
-    assert abs(train(training(tmp_path / 'f', tmp_path / 'b'), progress=False).events[-1]['ratio_max'] - 1) > 1e-3
-    with pytest.raises(BadInput, match='Leave it out'): score_texts(asking(folder, data=str(tmp_path / 'run')), tmp_path / 'g', progress=False)
+    for saved in ('final', 'step-2', 'step-4'): shutil.rmtree(tmp_path / 'run' / saved)
+    told = OPDConfig(_env_file=None, teacher='tiny:', data=str(tmp_path / 'run'), teacher_sees='reference', device='cpu', student='tiny:student')
+    assert score_texts(told, tmp_path / 'f', progress=False).file.header.told == 'the reference answer'
     train(keeping(folder, tmp_path / 'forgets'), progress=False)
     assert main(['score', f"--data={tmp_path / 'forgets'}", '--teacher=tiny:', f"--out={tmp_path / 'g'}"]) == 2
     assert '--keep-rollouts' in capsys.readouterr().err
-    with pytest.raises(BadInput, match='written anew'): prepare(training(tmp_path / 'f', tmp_path / 'c', keep_rollouts=True))
