@@ -10,6 +10,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from test_interruptions import flags, launch
+
 from opd_nb.alignment.vocab import VocabMap
 from opd_nb.cli.app import main
 from opd_nb.core.config import OPDConfig
@@ -322,3 +324,14 @@ def test_what_a_run_kept_may_be_told_to_another_teacher(folder, tmp_path, capsys
     train(keeping(folder, tmp_path / 'forgets'), progress=False)
     assert main(['score', f"--data={tmp_path / 'forgets'}", '--teacher=tiny:', f"--out={tmp_path / 'g'}"]) == 2
     assert '--keep-rollouts' in capsys.readouterr().err
+
+
+def test_two_processes_keep_what_one_would(folder, tmp_path):
+    train(keeping(folder, tmp_path / 'one', keep_rollouts=True, max_steps=2), progress=False)
+    given = keeping(folder, tmp_path / 'two', keep_rollouts=True, max_steps=2).model_dump(mode='json', exclude_defaults=True)
+    done = launch(*flags(given))
+    assert done.returncode == 0, done.stderr[-2000:]
+    codec = LM.load('tiny:student', device='cpu').codec
+    assert {p.name for p in (tmp_path / 'two').glob('rollouts*')} == {'rollouts.jsonl', 'rollouts-1.jsonl'}
+    one, two = ([(r.conversation.key, r.ids) for r in read_kept_rollouts(tmp_path / n, codec)] for n in ('one', 'two'))
+    assert sorted(one) == sorted(two) and len(two) == 16
