@@ -46,7 +46,7 @@ ARMS = dict(
     strict=on_policy('strict', loss='strict'),
     escd=on_policy('escd', loss='escd'),
     xtoken=on_policy('xtoken', ('crossing',), loss='xtoken'),
-    simct=on_policy('simct', loss='simct'),
+    simct=on_policy('simct', ('pieces', 'crossing'), loss='simct'),
     alm=on_policy('alm', loss='alm'),
     pg=on_policy('pg', loss='pg', temperature=1.0),
     sft_few=Arm(dict(method='sft'), 'sft', ('crossing',), 500),

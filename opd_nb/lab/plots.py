@@ -83,6 +83,7 @@ STYLES = {arm: (colour, '-') for arm, colour in ARM_COLOURS.items()} | dict(
     alm=('#92400e', '-'),
     pg=('#84cc16', '-'),
     xtoken=('#a78bfa', '-'),
+    simct=('#0891b2', '--'),
     gkd=('#1a202c', ':'),
     sft_few=(ARM_COLOURS['sft'], '--'),
     kd_few=('#1a202c', '--'),
@@ -92,6 +93,8 @@ STYLES = {arm: (colour, '-') for arm, colour in ARM_COLOURS.items()} | dict(
     warm=('#e53e3e', '--'),
     token=('#d69e2e', '--'),
     trajectory=('#d69e2e', ':'),
+    siblings=(ARM_COLOURS['cover'], ':'),
+    reward=(ARM_COLOURS['cover'], '-.'),
     gold_default=(ARM_COLOURS['gold_trl'], '--'),
     uld_sft=(ARM_COLOURS['uld'], '--'),
 )  # arm -> colour, dashes; in the order of all pictures
