@@ -119,7 +119,7 @@ def test_the_gradient_is_the_sum_of_both(prompts, brevity):
 
 
 @pytest.mark.parametrize('kw, says', [
-    (dict(positions='first:0'), 'over 0 and at most 1'), (dict(positions='last:0.5'), 'there are'), (dict(positions='first:0.3', method='grpo'), 'grpo has none'),
+    (dict(positions='first:0'), 'over 0 and at most 1'), (dict(positions='last:0.5'), 'Use all, first:0.3'), (dict(positions='first:0.3', method='grpo'), 'grpo has none'),
     (dict(first_new_tokens=99), 'more than the longest rollout'), (dict(reward_weight=1), 'there is one of each'),
     (dict(reward_weight=-1), 'at least 0'), (dict(reward_weight=1, num_generations=4, method='kd'), 'writes now')])
 def test_bad_input(prompts, kw, says):

@@ -94,7 +94,7 @@ def test_what_the_first_process_cannot_do_ends_all(error):
 
 
 def test_here_is_the_students_own_writing(tmp_path):
-    assert rollout_function(OPDConfig(_env_file=None, output_dir=tmp_path)) is rollout
+    assert rollout_function(OPDConfig(_env_file=None, output_dir=tmp_path)).func is rollout
 
 
 @pytest.fixture(scope='module')
