@@ -6,7 +6,7 @@
 __all__ = ['VERSION', 'KEY', 'Text', 'LAYOUT', 'MAX_EXCESS', 'REMEDY', 'full_lists', 'given_lists', 'reduced', 'Writer', 'Header',
            'ScoredText', 'token_tensors', 'column', 'lengths', 'text_tensors', 'file_hash', 'write_scored',
            'check_layout', 'check_logprobs', 'check_lists', 'read_prompt', 'check_token_ends', 'read_texts',
-           'read_scored_text', 'ScoredFile', 'read_header', 'read_scored']
+           'read_scored_text', 'ScoredFile', 'first_problem', 'read_header', 'read_scored']
 
 # %% ../../nbs/06_teachers/12_scored_file.ipynb #h003
 import hashlib
@@ -342,6 +342,13 @@ class ScoredFile:
 
 REMEDY = 'Fetch or copy it again, or write it anew with opd score.'
 
+def first_problem(
+    e: ValidationError,
+) -> str:                # in a few words
+    "Where the first thing is that is wrong, and what."
+    first = e.errors()[0]
+    return ': '.join(filter(None, ['.'.join(map(str, first['loc'])), first['msg']]))[:200]
+
 def read_header(
     metadata: dict[str, str] | None,  # of a file of safetensors
 ) -> Header:
@@ -355,10 +362,7 @@ def read_header(
     expect(version == VERSION, f'it has version {shown(version, 20)} of the format, '
             f'and this opd_nb reads version {VERSION}')
     try: return Header.model_validate_json(text)
-    except ValidationError as e:
-        first = e.errors()[0]
-        field = '.'.join(map(str, first['loc']))
-        raise ValueError(f'{field} in its header: {first["msg"]}') from None
+    except ValidationError as e: raise ValueError(f'in its header, {first_problem(e)}') from None
 
 def read_scored(
     path: str | Path,

@@ -32,7 +32,7 @@ from ..core.files import expanded
 from ..core.text import counted
 from ..core.types import Completion, Conversation, Rollout
 from ..data.formats import each_turn, load_conversations
-from ..eval.models import codec_of_run, is_run, settings_of_run
+from ..eval.models import codec_of_run, settings_of_run
 from ..losses.likelihood import token_logprobs
 from ..models.lm import LM
 from ..models.memory import hub_token
@@ -83,10 +83,9 @@ class Order:
     def name(self) -> str:
         "Equal for equal commands."
         texts = [c for part in self.prompts for c in part]
-        chosen = [self.config.chat_template, self.kept and self.kept.hash]
+        more = filter(None, [self.config.chat_template, self.kept and self.kept.hash])
         return settings_hash(self.config, WRITING if self.by_student else (), self.asked,
-                             data_hash(texts), str(self.by_student), str([*map(len, self.prompts)]),
-                             *filter(None, chosen))  # older parts have none
+                             data_hash(texts), str(self.by_student), str([*map(len, self.prompts)]), *more)
 
 # %% ../../nbs/11_tools/09_score.ipynb #2000f002
 def kept_texts(
@@ -133,8 +132,9 @@ def read_order(
 ) -> Order:
     "The texts that the settings ask for. Raises `BadInput` if there are none."
     check_order(config)
-    kept = kept_texts(config) if is_run(config.data) else None
-    if kept: return Order(config, False, kept.prompts, kept)
+    if (expanded(config.data) / 'log.jsonl').is_file():
+        kept = kept_texts(config)
+        return Order(config, False, kept.prompts, kept)
     named = 'student' in config.model_fields_set
     by_student = named and config.method not in FROM_REFERENCES
     rows = load_conversations(config.data, config.on_error, config.num_samples)

@@ -77,6 +77,7 @@ def keep_own(
 ):
     "Keep the rollouts of a step for `opd score`; where one process cannot, all raise its error."
     folder, number = run.config.output_dir, run.state.process_index
+    if folder is None: raise BadInput('keep_rollouts', True, 'needs a folder', 'Set output_dir.')
     all_or_none(run.state, lambda: keep_rollouts(folder, run.step + 1, rollouts, number))
 
 
