@@ -201,6 +201,7 @@ def fault_proxy(url, faults=(), only='', before=lambda: None):
                 self.connection.close(); return
             try: code, answer = self.forward(body)
             except OSError: self.close_connection = True; return  # nobody is there any more
+            if fault == 'unlisted': answer = json.dumps(json.loads(answer) | dict(choices=[dict(text='')])).encode()  # an end was drawn
             if fault == 'cut': answer = answer[:len(answer) // 2]
             if fault == 'short': answer = json.dumps(json.loads(answer)[:-1]).encode() if answer[:1] == b'[' else b'{}'
             if fault == 'slow': time.sleep(.3)

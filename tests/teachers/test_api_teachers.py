@@ -90,6 +90,13 @@ def test_same_numbers_as_in_this_process(here, llama, records, tmp_path):
     assert close_to(teacher.score(*records), here.score(*records)) < 1e-4
 
 
+def test_a_sample_that_lists_nothing_is_drawn_again(here, llama, tmp_path):
+    "An end or half a letter was drawn for the reference; the exact rows stay the choice."
+    with fault_proxy(llama, ['unlisted'] * 6) as (url, faults, _):
+        teacher = load_teacher(f'api:{url}', config(here, tmp_path / 'a'))
+        assert teacher.finding.mode == 'llama_cpp' and not faults
+
+
 def test_real_model_without_template(tmp_path):
     "A SentencePiece model with BOS, `<unk>` and no byte fallback, prompted with plain text."
     folder = real('models', 'babyllama105')
