@@ -78,6 +78,8 @@ ARMS = dict(
     sft_few_more=Arm(dict(method='sft'), 'sft', (), 500, 50_000),
     kd_few_more=Arm(dict(method='kd', loss='cover'), 'kd', (), 500, 50_000),
     cover_few_more=on_policy('cover', (), prompts=500, sft_tokens=50_000, loss='cover'),
+    half_few=on_policy('cover', (), prompts=500, loss='cover', lam=0.5),
+    warm_few=on_policy('cover', (), 1.0, 500, loss='cover'),
     warm_more=on_policy('cover', (), 1.0, sft_tokens=900_000, loss='cover'),
     warm_few_more=on_policy('cover', (), 1.0, 500, 50_000, loss='cover'),
     reverse_more=on_policy('cover', (), sft_tokens=900_000, loss='cover', beta=1.0),
