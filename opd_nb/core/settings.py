@@ -396,12 +396,12 @@ class Settings(*reversed(TOPICS.values()), BaseSettings):
             raise BadInput('positions', self.positions,
                            f'chooses where a teacher is compared, and {self.method} has none',
                            'Use --method opd or kd, or --positions all.')
+        who = self.method if self.lam or self.method != 'opd' else 'lam = 0'
+        for name in ('first_new_tokens', 'keep_rollouts'):
+            if getattr(self, name) and who in ('kd', 'sft', 'lam = 0'):
+                raise BadInput(name, getattr(self, name), 'is for completions that the student '
+                               f'writes, and {who} has none', 'Use --method opd, or leave it out.')
         first = self.first_new_tokens
-        for name, value in dict(first_new_tokens=first, keep_rollouts=self.keep_rollouts).items():
-            who = self.method if self.lam or self.method != 'opd' else 'lam = 0'
-            if not value or who not in ('kd', 'sft', 'lam = 0'): continue
-            raise BadInput(name, value, 'is for completions that the student writes, and '
-                           f'{who} has none', 'Use --method opd, or leave it out.')
         if first is not None and first > self.max_new_tokens:
             raise BadInput('first_new_tokens', first,
                            f'is more than the longest rollout ({self.max_new_tokens})',

@@ -67,19 +67,17 @@ def saved_students(
 
 
 def settings_of_run(
-    folder: Path,        # of a training run
+    folder: Path,           # of a training run
+    field: str = 'models',  # which setting named it
 ) -> dict[str, object]:
     "What its config.yaml says. Raises `BadInput` if it does not name a student."
     try: config = read_yaml(folder / 'config.yaml')
     except (ValueError, OSError) as e: config, why = None, f'cannot be read ({e})'
     else: why = 'names no student'
     if isinstance(config, dict) and isinstance(config.get('student'), str): return config
-    raise BadInput(
-        'models',
-        str(folder),
-        f'has a config.yaml that {why}',
-        f'Name a student in it instead, such as {folder / "final"}.',
-    )
+    remedy = f'Name a student in it instead, such as {folder / "final"}.'
+    if field == 'data': remedy = 'Name another run, or a file with prompts.'
+    raise BadInput(field, str(folder), f'has a config.yaml that {why}', remedy)
 
 
 def loading_of_run(

@@ -12,7 +12,8 @@ from collections.abc import Collection, Iterable
 import numpy as np
 import pandas as pd
 
-from .tables import Run, cells_of, solved, untaught
+from .arms import RunKey
+from .tables import cells_of, solved, untaught
 
 # %% ../../nbs/12_lab/09_plots.ipynb #a001
 ANSWER_ARMS = dict(
@@ -119,7 +120,7 @@ SCALE = dict(tokens=(1000, 'thousand student tokens'), seconds=(1, 'seconds of o
 
 
 def arms_of(
-    results: dict[Run, dict],  # of `read_results`
+    results: dict[RunKey, dict],  # of `read_results`
     pair: str,
 ) -> list[str]:
     "The arms that were run on a pair, without trials, in the order of all pictures."
@@ -128,7 +129,7 @@ def arms_of(
 
 
 def curve_of(
-    results: dict[Run, dict],  # of `read_results`
+    results: dict[RunKey, dict],  # of `read_results`
     arm: str,
     pair: str,
     over: str,                 # 'tokens' or 'seconds'
@@ -146,7 +147,7 @@ def curve_of(
 
 
 def budget_of(
-    results: dict[Run, dict],  # of `read_results`
+    results: dict[RunKey, dict],  # of `read_results`
     pair: str,
     over: str,                 # 'tokens' or 'seconds'
 ) -> float | None:
@@ -156,7 +157,7 @@ def budget_of(
 
 # %% ../../nbs/12_lab/09_plots.ipynb #w020
 def plot_curves(
-    results: dict[Run, dict],  # of `read_results`
+    results: dict[RunKey, dict],  # of `read_results`
     pair: str,                 # one of its pairs
     over: str = 'tokens',      # or 'seconds'
     ax=None,                   # matplotlib axes; new ones if not given
@@ -217,7 +218,7 @@ PAYERS = dict(rollouts='#2b6cb0', teacher='#2f855a', student='#c05621')
 
 
 def plot_costs(
-    results: dict[Run, dict],  # of `read_results`
+    results: dict[RunKey, dict],  # of `read_results`
     pair: str,                 # one of its pairs
     at: str = 'tokens',        # see `solved`
     ax=None,                   # matplotlib axes; new ones if not given

@@ -95,7 +95,7 @@ def kept_texts(
     if 'student' in config.model_fields_set:
         log.warning('%s is not asked to write: %s has its rollouts', config.student, config.data)
     folder = expanded(config.data)
-    settings = settings_of_run(folder)
+    settings = settings_of_run(folder, 'data')
     codec = codec_of_run(folder, hub_token(config), config.trust_remote_code)
     rollouts = read_kept_rollouts(folder, codec)[:config.num_samples]
     if not rollouts:

@@ -133,10 +133,22 @@ def test_llama_cpp_reads_them_too(noisy, teacher, tmp_path):
     assert batch.same_ids and m == n
     torch.testing.assert_close(ours, wanted, atol=1e-3, rtol=1e-3)
     with llama_server(gguf) as (url, _):
-        hosted = load_teacher(f'api:{url}', OPDConfig(**settings))
-        rows = [r for r in noisy[1] if r.ids][:6]
-        for r, here, there in zip(rows, score(teacher, rows, True).signals, score(hosted, rows, True).signals):
-            assert tuple(there.ids) == tuple(here.ids) == tuple(r.ids)
-            torch.testing.assert_close(there.logprobs, here.logprobs, atol=1e-3, rtol=1e-3)
-        noncanonical = [r for r in rows if list(r.ids) != list(teacher.codec.write(r.data, r.stopped)[0])]
-        assert noncanonical
+        assert_scores_what_was_written(noisy, teacher, load_teacher(f'api:{url}', OPDConfig(**settings)))
+
+
+def assert_scores_what_was_written(noisy, teacher, hosted):
+    "A hosted teacher scores the student's own ids as the model in this process does, where no tokenizer would write them."
+    rows = [r for r in noisy[1] if r.ids][:6]
+    assert any(list(r.ids) != list(teacher.codec.write(r.data, r.stopped)[0]) for r in rows)
+    for r, here, there in zip(rows, score(teacher, rows, True).signals, score(hosted, rows, True).signals, strict=True):
+        assert tuple(there.ids) == tuple(here.ids) == tuple(r.ids)
+        torch.testing.assert_close(there.logprobs, here.logprobs, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize('api', ['prompt_logprobs', 'sglang'])
+def test_servers_that_take_token_prompts_read_them_too(noisy, teacher, tmp_path, api):
+    from servers import contract_server
+    with contract_server('tiny:student', can=(api, 'ids')) as url:
+        hosted = load_teacher(f'api:{url}', OPDConfig(_env_file=None, teacher_cache=tmp_path / 'a', teacher_tokenizer=teacher.lm.path, teacher_top_k=20))
+        assert hosted.finding.mode == api
+        assert_scores_what_was_written(noisy, teacher, hosted)

@@ -324,6 +324,9 @@ def test_what_a_run_kept_may_be_told_to_another_teacher(folder, tmp_path, capsys
     train(keeping(folder, tmp_path / 'forgets'), progress=False)
     assert main(['score', f"--data={tmp_path / 'forgets'}", '--teacher=tiny:', f"--out={tmp_path / 'g'}"]) == 2
     assert '--keep-rollouts' in capsys.readouterr().err
+    for text in ('a: [', 'loss: gold'):
+        (tmp_path / 'run/config.yaml').write_text(text)
+        with pytest.raises(BadInput, match='^data is .*config.yaml'): score_texts(told, tmp_path / 'h', progress=False)
 
 
 def test_two_processes_keep_what_one_would(folder, tmp_path):
