@@ -6,14 +6,15 @@
 __all__ = ['VERSION', 'KEY', 'Text', 'LAYOUT', 'MAX_EXCESS', 'REMEDY', 'full_lists', 'given_lists', 'reduced', 'Writer', 'Header',
            'ScoredText', 'token_tensors', 'column', 'lengths', 'text_tensors', 'file_hash', 'write_scored',
            'check_layout', 'check_logprobs', 'check_lists', 'read_prompt', 'check_token_ends', 'read_texts',
-           'read_scored_text', 'ScoredFile', 'first_problem', 'read_header', 'read_scored']
+           'read_scored_text', 'ScoredFile', 'first_problem', 'read_header', 'read_scored', 'join_scored']
 
 # %% ../../nbs/06_teachers/12_scored_file.ipynb #h003
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -390,3 +391,27 @@ def read_scored(
         raise wrong(f'cannot be used: {" ".join(str(e).split())[:200]}') from None
     if not texts and not allow_empty: raise wrong('has no texts')
     return ScoredFile(header, codec, texts)
+
+# %% ../../nbs/06_teachers/12_scored_file.ipynb #j002
+def join_scored(
+    files: list[ScoredFile],   # of one teacher; at least one
+) -> ScoredFile:
+    "All texts of several files, each as often as in the file that has it most often."
+    writers: list[Writer] = []
+    texts: list[ScoredText] = []
+    there: Counter[tuple] = Counter()
+    for file in files:
+        for w in file.header.writers:
+            if w not in writers: writers.append(w)
+        number = {i: writers.index(w) for i, w in enumerate(file.header.writers)} | {-1: -1}
+        here: Counter[tuple] = Counter()
+        for t in file.texts:
+            t = replace(t, writer=number[t.writer])
+            here[t.identity] += 1
+            if here[t.identity] > there[t.identity]: texts.append(t)
+        there |= here
+    done = dict.fromkeys(name for file in files for name in file.header.done)
+    header = files[0].header.model_copy(update=dict(
+        writers=writers, done=[*done], unscored=sum(f.header.unscored for f in files),
+        k=max(f.header.k for f in files)))
+    return ScoredFile(header, files[0].codec, texts)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'ASKING', 'WRITING', 'settings_hash', 'Order', 'kept_texts', 'check_order', 'read_order', 'logprobs_of_own',
            'StudentWriter', 'Asked', 'as_asked', 'ask', 'parts_folder', 'read_part', 'check_same_teacher', 'Scorer',
-           'joined', 'ScoreResult', 'score_parts', 'score_texts']
+           'ScoreResult', 'score_parts', 'score_texts']
 
 # %% ../../nbs/11_tools/09_score.ipynb #h003
 import hashlib
@@ -40,8 +40,8 @@ from ..monitor.kept_rollouts import KeptTexts, read_kept_rollouts
 from ..teachers.base import (Teacher, as_teacher, is_scored, load_teacher, parse_specs,
                                   row_blocks)
 from ..teachers.context import TeacherContext, in_context
-from ..teachers.scored_file import (Header, ScoredFile, ScoredText, Writer, read_scored,
-                                         reduced, write_scored)
+from ..teachers.scored_file import (Header, ScoredFile, ScoredText, Writer, join_scored,
+                                         read_scored, reduced, write_scored)
 from ..training.batch import read_rollouts, reads_own_ids, say_left_out
 from ..training.checkpoints import data_hash
 from ..training.methods import FROM_REFERENCES
@@ -363,25 +363,6 @@ class Scorer:
         return ScoredFile(header, self.teacher.codec, scored)
 
 # %% ../../nbs/11_tools/09_score.ipynb #c023
-def joined(
-    files: list[ScoredFile],   # of one teacher; at least one
-) -> ScoredFile:
-    "All texts of several files, each once."
-    writers: list[Writer] = []
-    texts: dict[tuple, ScoredText] = {}
-    for file in files:
-        for w in file.header.writers:
-            if w not in writers: writers.append(w)
-        number = {i: writers.index(w) for i, w in enumerate(file.header.writers)} | {-1: -1}
-        for t in file.texts:
-            t = replace(t, writer=number[t.writer])
-            texts.setdefault(t.identity, t)
-    done = dict.fromkeys(name for file in files for name in file.header.done)
-    header = files[0].header.model_copy(update=dict(
-        writers=writers, done=[*done], unscored=sum(f.header.unscored for f in files),
-        k=max(f.header.k for f in files)))
-    return ScoredFile(header, files[0].codec, [*texts.values()])
-
 @dataclass(frozen=True)
 class ScoreResult:
     "What `opd score` leaves."
@@ -407,8 +388,8 @@ def score_parts(
     out: Path,
     old: ScoredFile | None,  # that is added to
     progress: bool,       # show a progress bar
-) -> list[ScoredFile]:
-    "All parts: those that are there are read, the others are scored."
+) -> ScoredFile:          # of all parts
+    "Read the parts that are there, score the others."
     found = {path.name: read_part(path, order) for path in folder.glob('*.safetensors')}
     names = [f'{i:06d}.safetensors' for i in range(len(order.prompts))]
     parts, scorer = {name: found[name] for name in names if found.get(name)}, Scorer(order)
@@ -422,7 +403,10 @@ def score_parts(
     except KeyboardInterrupt:
         raise Interrupted(f'interrupted; {len(parts)} of {len(names)} parts are kept in {folder}. '
                           'The same command goes on.') from None
-    return [parts[name] for name in names]
+    whole = [parts[name] for name in names]
+    unscored = sum(part.header.unscored for part in whole)
+    header = whole[0].header.model_copy(update=dict(unscored=unscored))
+    return ScoredFile(header, whole[0].codec, [t for part in whole for t in part.texts])
 
 def score_texts(
     config: OPDConfig,      # whose teacher is asked; see the table above for the texts
@@ -438,8 +422,8 @@ def score_texts(
         if old and order.name in old.header.done:
             result = ScoreResult(out, old, 0)
         else:
-            parts = score_parts(order, folder, out, old, progress)
-            file = joined([*([old] if old else []), *parts])
+            new = score_parts(order, folder, out, old, progress)
+            file = join_scored([old, new] if old else [new])
             if not file.texts:
                 raise BadInput('teacher', config.teacher, 'could score none of the texts',
                                'See what was said of the first of them.')
