@@ -406,15 +406,18 @@ class Endpoint(Client):
 
     def again(self,
         request: Request,
-    ) -> tuple[object, object] | None:  # the stored reply and a new one; None if one is missing
-        "What is replied now to a request that was sent before. The new reply is not stored."
-        stored = self.cache.get(self.key_of(request))
-        if stored is None: return None
-        try:
-            now, = self.run([self.send(request, self.body_of(request), 0)])
-        except TeacherGone:
-            return None
-        return None if isinstance(now, Refused) else (stored, now)
+        read: Callable = lambda reply: reply,  # makes something of a reply, or raises `Malformed`
+    ) -> tuple[object, object] | None:  # of the stored reply and of a new one; None if one is missing
+        "What is replied now, and not stored. `TeacherGone` for a server that is there and fails."
+        read = json_reader(read)
+        try: before = strict_reader(read)(self.cache.get(self.key_of(request)))
+        except Malformed: return None
+        for attempts in (0, self.retries):  # one that is away is not waited for, one that fails is
+            try: fetched, = self.run([self.fetch(request, read, attempts, self.retries)])
+            except TeacherGone as e: gone = e
+            else: return None if isinstance(fetched, Refused) else (before, fetched[1])
+            if gone.status < 500: return None
+        raise gone
 
     def entry(self) -> dict:
         "What the server's list of models says of this one, or of its first; {} without a list."

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PREFILLS', 'RequestSize', 'RUBRIC', 'SCORE_SCHEMA', 'Prefill', 'prefilled_body', 'first_choice', 'listed_tokens',
-           'message_text', 'candidates', 'next_token_top', 'sample_positions', 'sendable_prefix', 'PrefixWalk',
-           'Continued', 'Continuation', 'SequenceJudge']
+           'message_text', 'candidates', 'next_token_top', 'first_token_top', 'sample_positions', 'sendable_prefix',
+           'PrefixWalk', 'Continued', 'Continuation', 'SequenceJudge']
 
 # %% ../../nbs/06_teachers/06_generation_apis.ipynb #c003
 import asyncio
@@ -16,9 +16,9 @@ import random
 from dataclasses import dataclass, field
 from typing import Callable, Sequence
 
-from ..hosted.client import Refused, Request
-from .scoring_apis import (Ask, Reply, TokenNames, TokenScores, read_list, read_text,
-                                         require)
+from ..hosted.client import Malformed, Refused, Request
+from .scoring_apis import (Ask, Reply, TokenNames, TokenScores, read_list,
+                                         read_position, read_text, require)
 
 # %% ../../nbs/06_teachers/06_generation_apis.ipynb #c006
 @dataclass(frozen=True)
@@ -53,6 +53,8 @@ def first_choice(
     require(isinstance(reply, dict) and reply.get('choices'), 'no choices')
     choice = read_list(reply['choices'], 'choices')[0]
     require(isinstance(choice, dict), 'a choice that is no object')
+    failed = choice.get('error') or choice.get('finish_reason') == 'error'
+    require(not failed, 'an error in place of a choice')  # OpenRouter's, under HTTP 200
     return choice
 
 def listed_tokens(
@@ -90,6 +92,19 @@ def next_token_top(
     require(logprobs is not None or unlisted, 'no logprobs: the parameter was ignored')
     entries = listed_tokens(reply)
     return candidates(entries[0], names) if entries else {}
+
+# %% ../../nbs/06_teachers/06_generation_apis.ipynb #p010
+def first_token_top(
+    reply: Reply,       # of /completions with logprobs, in the form of OpenAI's or of llama.cpp's
+    names: TokenNames,  # of the teacher's tokens
+) -> dict[int, float]:  # id -> nats
+    "The listed candidates for the token that was written. Raises `Malformed` if there are none."
+    entries = listed_tokens(reply)
+    if entries: return candidates(entries[0], names)
+    logprobs = first_choice(reply).get('logprobs') or {}
+    top = read_list(logprobs.get('top_logprobs') or [None], 'top_logprobs')[-1] or {}
+    if not top: raise Malformed('no logprobs of the tokens it writes')
+    return read_position((names.find(t), lp) for t, lp in top.items())
 
 # %% ../../nbs/06_teachers/06_generation_apis.ipynb #c014
 def sample_positions(

@@ -12,8 +12,9 @@ from urllib.parse import urlsplit
 
 from ..core.errors import BadInput
 from ..alignment.chat import ChatCodec
-from ..hosted.client import Endpoint, Malformed, json_reader, strict_reader
-from .probe import Probe, first_token_top, median_gap
+from ..hosted.client import Endpoint
+from .generation_apis import first_token_top
+from .probe import Probe, median_gap
 
 log = logging.getLogger('opd_nb')
 
@@ -38,14 +39,10 @@ def model_gap(
     t = probe.positions[0]
     questions = [probe.next_token_question(t, as_text) for as_text in (False, True)]
     questions += [probe.chat_question(k) for k in probe.k_choices]
-    def is_cached(question): return endpoint.cache.get(endpoint.key_of(question)) is not None
-    asked = next(filter(is_cached, questions), None)
-    replies = asked and endpoint.again(asked)
-    if not replies: return 0.
-    read = json_reader(strict_reader(lambda reply: first_token_top(reply, probe.names)))
-    try: cached, new = map(read, replies)
-    except Malformed: return 0.  # no candidates
-    return median_gap(cached, new)
+    def read(reply): return first_token_top(reply, probe.names)
+    compared = (endpoint.again(question, read) for question in questions)
+    cached_and_new = next(filter(None, compared), None)
+    return median_gap(*cached_and_new) if cached_and_new else 0.
 
 def check_same_model(
     endpoint: Endpoint,       # to be asked

@@ -352,7 +352,7 @@ class LlamaCpp:
             prompt=prefixes, n_predict=1, temperature=0, samplers=['temperature'], n_probs=k,
             logit_bias=[[token, 1e4]],
             response_fields=['index', 'completion_probabilities', 'tokens_evaluated',
-                             'tokens_predicted'])
+                             'tokens_predicted', 'truncated'])
         question = Request('/completion', body, sum(map(len, prefixes)), len(prefixes), root=True)
         def read(reply): return self.read(reply, names, len(prefixes), token, needs_list)
         return await ask(question, read)
@@ -367,6 +367,8 @@ class LlamaCpp:
         "What was written after each prefix."
         replies = reply if isinstance(reply, list) else [reply]
         require(len(replies) == n, f'{len(replies)} positions for {n}')
+        if any(r.get('truncated') for r in replies):  # of servers before September 2025
+            raise Refused('longer than its context, and it left out the middle')
         indices = [r.get('index', 0) for r in replies]
         complete = set(indices) == {0} or sorted(indices) == list(range(n))
         require(complete, 'one position twice, and another not at all')

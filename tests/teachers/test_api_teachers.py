@@ -97,6 +97,22 @@ def test_a_sample_that_lists_nothing_is_drawn_again(here, llama, tmp_path):
         assert teacher.finding.mode == 'llama_cpp' and not faults
 
 
+def test_a_lesser_mode_after_an_internal_error_is_said_and_not_kept(here, llama, tmp_path, caplog):
+    "The reference is refused by ids and by text, twice each, as where a server is short of memory for a moment."
+    with fault_proxy(llama, ['broken'] * 4) as (url, faults, _):
+        settings = config(here, tmp_path / 'a')
+        assert load_teacher(f'api:{url}', settings).finding.mode == 'prefix_walk' and not faults
+        assert 'The next start tries anew' in caplog.text
+        assert load_teacher(f'api:{url}', settings).finding.mode == 'llama_cpp'
+
+
+def test_a_wrong_tokenizer_is_found_out_although_its_check_failed_once(llama, tmp_path):
+    other = load_teacher('tiny:student')
+    with fault_proxy(llama, [None] * 4 + ['broken'] * 2) as (url, faults, _):
+        with pytest.raises(BadInput, match='teacher_tokenizer'): load_teacher(f'api:{url}', config(other, tmp_path / 'a'))
+        assert not faults
+
+
 def test_real_model_without_template(tmp_path):
     "A SentencePiece model with BOS, `<unk>` and no byte fallback, prompted with plain text."
     folder = real('models', 'babyllama105')
