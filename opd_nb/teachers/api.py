@@ -427,16 +427,22 @@ OPENROUTER_HEADERS = {'HTTP-Referer': 'https://github.com/opd-nb/opd_nb', 'X-Tit
 
 @register_teacher('openrouter')
 def openrouter_teacher(
-    model: str,         # such as qwen/qwen-2.5-7b-instruct
+    rest: str,          # MODEL such as qwen/qwen-2.5-7b-instruct, or MODEL#PROVIDER
     config: OPDConfig,  # `openrouter_api_key` and the settings of `connect`
 ) -> APITeacher:
-    "A model at OpenRouter."
+    "A model at OpenRouter, of one of its providers if one is named."
+    model, _, provider = rest.partition('#')
     key = secret_value(config.openrouter_api_key)
     if not key:
         raise BadInput('OPENROUTER_API_KEY', None, 'is needed for openrouter:',
                        'Make one at openrouter.ai/keys and put it into .env.')
     entry = Endpoint(OPENROUTER, model, key, ReplyStore(config.teacher_cache)).entry()
     extra = dict(provider=dict(require_parameters=True))
+    if provider:
+        extra['provider'] |= dict(only=[provider], allow_fallbacks=False)
+    else:
+        log.warning('OpenRouter may send every request to another provider, and they differ. '
+                    'To stay with one, name it: --teacher openrouter:%s#PROVIDER.', model)
     parameters = entry.get('supported_parameters')
     thinks = isinstance(parameters, list) and 'reasoning' in parameters
     if thinks: extra['reasoning'] = dict(enabled=False)

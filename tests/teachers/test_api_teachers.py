@@ -366,7 +366,8 @@ def test_run_that_meets_faults_and_is_killed_writes_no_secret_and_goes_on_where_
         assert len(seen) == asked + 1
 
 
-def test_openrouter_preset(here, tmp_path, monkeypatch):
+@pytest.mark.parametrize('provider', ['', 'deepinfra'])
+def test_openrouter_preset(here, tmp_path, monkeypatch, caplog, provider):
     "Headers, honoured parameters, thinking off, the tokenizer from the list of models: a chat model works as it comes."
     model = 'qwen/qwen-2.5-7b-instruct'
     entry = dict(id=model, hugging_face_id=here.lm.path, supported_parameters=['logprobs', 'reasoning'])
@@ -376,11 +377,13 @@ def test_openrouter_preset(here, tmp_path, monkeypatch):
         monkeypatch.setattr('opd_nb.teachers.api.OPENROUTER', url)
         keys = dict(openrouter_api_key=KEY, teacher_price='.1,.2')
         settings = OPDConfig(_env_file=None, teacher_cache=tmp_path / 'a', **keys)
-        teacher = load_teacher(f'openrouter:{model}', settings)
+        teacher = load_teacher(f'openrouter:{model}' + f'#{provider}' * bool(provider), settings)
         signals = teacher.score([puzzle], [(b'7*3=21 21+10=31', True)])
     assert teacher.finding.mode == 'prefix_walk' and teacher.capabilities.k == 20 and signals[0].scored.sum() > 6
+    one = dict(only=[provider], allow_fallbacks=False) if provider else {}
+    assert ('every request to another provider' in caplog.text) == (not provider)
     for _, headers, body in seen:
-        assert body['provider'] == dict(require_parameters=True) and body['reasoning'] == dict(enabled=False)
+        assert body['provider'] == dict(require_parameters=True) | one and body['reasoning'] == dict(enabled=False)
         assert body['model'] == model
         assert headers['x-title'] == 'opd_nb' and 'http-referer' in headers
         assert headers['authorization'] == f'Bearer {KEY}'
