@@ -408,7 +408,7 @@ class Endpoint(Client):
         request: Request,
         read: Callable = lambda reply: reply,  # makes something of a reply, or raises `Malformed`
     ) -> tuple[object, object] | None:  # of the stored reply and of a new one; None if one is missing
-        "What is replied now, and not stored. `TeacherGone` for a server that is there and fails."
+        "What is replied now, and not stored. Raises `TeacherGone` if nothing is."
         read = json_reader(read)
         try: before = strict_reader(read)(self.cache.get(self.key_of(request)))
         except Malformed: return None
@@ -416,7 +416,8 @@ class Endpoint(Client):
             try: fetched, = self.run([self.fetch(request, read, attempts, self.retries)])
             except TeacherGone as e: gone = e
             else: return None if isinstance(fetched, Refused) else (before, fetched[1])
-            if gone.status < 500: return None
+            if gone.status == 200: return None  # replies, and none that can be read
+            if gone.status < 500: break
         raise gone
 
     def entry(self) -> dict:

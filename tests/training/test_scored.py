@@ -326,7 +326,7 @@ def test_what_a_run_kept_may_be_told_to_another_teacher(folder, tmp_path, capsys
     assert '--keep-rollouts' in capsys.readouterr().err
     for text in ('a: [', 'loss: gold'):
         (tmp_path / 'run/config.yaml').write_text(text)
-        with pytest.raises(BadInput, match='^data is .*config.yaml'): score_texts(told, tmp_path / 'h', progress=False)
+        with pytest.raises(BadInput, match='has a config.yaml that'): score_texts(told, tmp_path / 'h', progress=False)
 
 
 def test_two_processes_keep_what_one_would(folder, tmp_path):
