@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 from ..core.errors import BadInput
 from ..alignment.chat import ChatCodec
+from ..hosted.pricing import TeacherGone
 from ..hosted.client import Endpoint
 from .generation_apis import first_token_top
 from .probe import Probe, median_gap
@@ -41,7 +42,11 @@ def model_gap(
     questions += [probe.chat_question(k) for k in probe.k_choices]
     def read(reply): return first_token_top(reply, probe.names)
     compared = (endpoint.again(question, read) for question in questions)
-    cached_and_new = next(filter(None, compared), None)
+    try:
+        cached_and_new = next(filter(None, compared), None)
+    except TeacherGone as e:
+        if e.status >= 500: raise  # it may be starting, with another model
+        return 0.
     return median_gap(*cached_and_new) if cached_and_new else 0.
 
 def check_same_model(
