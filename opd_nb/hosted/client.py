@@ -407,17 +407,17 @@ class Endpoint(Client):
     def again(self,
         request: Request,
         read: Callable = lambda reply: reply,  # makes something of a reply, or raises `Malformed`
-    ) -> tuple[object, object] | None:  # of the stored reply and of a new one; None if one is missing
+    ) -> tuple[object, object] | None:  # of the stored reply, of a new one; None without both
         "What is replied now, and not stored. Raises `TeacherGone` if nothing is."
         read = json_reader(read)
         try: before = strict_reader(read)(self.cache.get(self.key_of(request)))
         except Malformed: return None
-        for attempts in (0, self.retries):  # one that is away is not waited for, one that fails is
+        for attempts in (0, self.retries):  # who is away is not waited for, who fails or is busy is
             try: fetched, = self.run([self.fetch(request, read, attempts, self.retries)])
             except TeacherGone as e: gone = e
             else: return None if isinstance(fetched, Refused) else (before, fetched[1])
             if gone.status == 200: return None  # replies, and none that can be read
-            if gone.status < 500: break
+            if gone.status < 500 and gone.status != 429: break
         raise gone
 
     def entry(self) -> dict:

@@ -47,7 +47,7 @@ class Finding:
 KNOWN_TEXT = 'The sum is 17+14=31, she said; then nothing happened, 24 times.'
 PROBE_MESSAGES = [dict(role='user', content='Write the numbers from one to twenty in words.')]
 CHECKED_AT = (.2, .45, .7, .95)  # where in the known text rows are compared
-SAMPLES = 4                      # of a next token, where one lists nothing
+SAMPLES = 4                      # times a next token is drawn, where its reply lists nothing
 MAX_GAP = .15                    # nats by which the median may differ: half precision, batching
 
 # %% ../../nbs/06_teachers/07_probe.ipynb #c012
@@ -255,16 +255,16 @@ def listed_reply(
     probe: Probe,                    # of the endpoint
 ) -> tuple[int, list[ListedToken]]:  # (k, tokens)
     "What the endpoint writes, with as many candidates as it allows. `Refused` or `Malformed`."
-    def write(ask, k): return ask(probe.chat_question(k), read)
     def read(reply):
-        if not listed_tokens(reply): raise Malformed('it accepts logprobs and lists none')
-        return [read_entry(entry) for entry in listed_tokens(reply)]
+        entries = [read_entry(entry) for entry in listed_tokens(reply)]
+        if not entries: raise Malformed('it accepts logprobs and lists none')
+        return entries
     def read_entry(entry):
         data = read_bytes(entry.get('bytes') or []) or (entry.get('token') or '').encode()
         top = read_list(entry.get('top_logprobs') or [], 'top_logprobs')
         return data, probe.names.by_id(top)
 
-    k, entries = probe.run_with_most(write)
+    k, entries = probe.run_with_most(lambda ask, k: ask(probe.chat_question(k), read))
     whole, ends = b''.join(data for data, _ in entries), [0]
     for data, _ in entries: ends.append(ends[-1] + len(data))
     prefixes = [sendable_prefix(whole, end) for end in ends[:-1]]
@@ -428,11 +428,11 @@ def probe_endpoint(
     for f in [TRIED_ALONE[mode](probe)] if mode in TRIED_ALONE else try_all(probe):
         if mode in ('auto', f.mode): found.append(f)
         if found and found[-1].faithful and not every: break
-    works = any(f.faithful for f in found)
-    if works and probe.unsure:
+    best = next((f for f in found if f.faithful), None)
+    if best and probe.unsure and mode == 'auto':
         log.warning('%s failed (HTTP 500) while it was tried; there may be a better way to ask it '
-                    'than by %s. The next start tries anew.', endpoint.who, found[-1].mode)
-    elif works:  # what it cannot do today it may be able to do tomorrow
+                    'than by %s. The next start tries anew.', endpoint.who, best.mode)
+    elif best:  # what it cannot do today it may be able to do tomorrow
         endpoint.cache.put(key, endpoint.model, [asdict(f) for f in found])
     return found
 
