@@ -81,4 +81,4 @@ def test_sdist_and_wheel_install(tmp_path):
     assert not [(p.name, link) for p in copies for link in links(p) if not (p.parent / link).exists()]
     old = 'import warnings; warnings.simplefilter("error", DeprecationWarning); from opd_nb.experiment import Experiment'
     done = subprocess.run([python, '-c', old], cwd=tmp_path, capture_output=True, text=True, env=os.environ | away)
-    assert 'opd_nb.experiment is opd_nb.lab.run now' in done.stderr
+    assert 'opd_nb.experiment is opd_nb.lab.run and opd_nb.lab.arms now' in done.stderr

@@ -327,8 +327,10 @@ def test_serve_in_small(tmp_path):
     "TRL's trainer learns from a server that is a process of its own; the figures mean nothing, but both loops ran."
     pytest.importorskip('trl', reason='pip install opd_nb[trl]')
     small = dict(max_steps=4, batch=8, n_train=100, n_eval=20)
+    (tmp_path / 'mine.txt').write_text('a file of the user, in the folder that was named')
     done = papermill(tmp_path, *(w for k, v in small.items() for w in ('-p', k, str(v))), notebook='serve')
     assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / 'mine.txt').is_file()
     m = json.loads((tmp_path / 'metrics.json').read_text())
     assert m['server']['sequences'] == 32 and m['server']['tokens'] > 32
     assert all(m['last_loss'][who] > 0 for who in ('served', 'ours')) and abs(m['first_loss']['served'] / m['first_loss']['ours'] - 1) < .5
